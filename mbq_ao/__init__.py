@@ -1,0 +1,48 @@
+"""mbq_ao: modality-balanced 3-bit quantization of vision-language models, torchao style.
+
+    from mbq_ao import mbq_config, quantize_
+    report = quantize_(model, mbq_config(calib_data))
+
+The tree, and which way imports go (each line imports only from lines above it):
+
+    kernels/               shapes and bits: packed layout, fp32 reference, Triton kernels, the custom op
+    quant_primitives.py    choose_qparams, quantize, dequantize: pure torch
+    int3_tensor.py         MBQInt3Tensor, the weight that serves
+    config.py              torchao configs: how a linear gets such a weight by plain rounding
+    calibration/           MBQ itself; never imported at serve time. Start reading at calibration/mbq.py
+    quantize.py            mbq_config and quantize_, the front door
+    demo/                  a real small vision-language model, and `python -m mbq_ao demo`
+"""
+
+from mbq_ao._quiet import import_torchao
+
+import_torchao()
+
+from mbq_ao.config import Int3WeightOnlyConfig  # noqa: E402
+from mbq_ao.int3_tensor import MBQInt3Tensor  # noqa: E402
+from mbq_ao.quantize import MBQConfig, mbq_config, quantize_  # noqa: E402
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "CalibrationReport",
+    "Int3WeightOnlyConfig",
+    "MBQConfig",
+    "MBQInt3Tensor",
+    "ScaleGroup",
+    "mbq_config",
+    "quantize_",
+]
+
+
+def __getattr__(name: str) -> object:
+    # Names of the calibration: loaded when asked for, so that serving a model does not import it.
+    if name == "ScaleGroup":
+        from mbq_ao.calibration.fold import ScaleGroup
+
+        return ScaleGroup
+    if name == "CalibrationReport":
+        from mbq_ao.calibration.report import CalibrationReport
+
+        return CalibrationReport
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,195 @@
+"""The decoder's blocks, and what each of them is called with.
+
+One forward of the whole model records, for every block and batch, the arguments beside the hidden
+state (attention mask, position embeddings, ...), so that a block can be replayed alone:
+
+    x_0 --block 0--> x_1 --(+ delta_1)--block 1--> x_2 ...
+
+Arguments are kept per block because they differ between layers (Gemma3's sliding and full masks).
+delta_i is what the model itself adds between two blocks (Qwen3-VL's deepstack vision features); it
+does not depend on the blocks' weights, so a replayed stream may add the recorded one. Keeping the
+input of every block instead was rejected: it costs a copy of the activations per layer.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbq_ao.calibration.batch import CalibrationBatch
+
+
+def find_blocks(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> dict[str, nn.Module]:
+    """The language model's decoder layers in order, by their fully qualified names.
+
+    Without `blocks`: the largest nn.ModuleList under transformers' `model.get_decoder()`, or under the
+    model itself where that method is missing. Raises ValueError if there is none, or if one of
+    `blocks` is not part of the model.
+    """
+    if blocks is None:
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        roots = [decoder, model] if isinstance(decoder, nn.Module) else [model]
+        lists = next((found for root in roots if (found := _module_lists(root))), [])
+        if not lists:
+            raise ValueError(
+                f"{type(model).__name__} has no decoder layers: found no nn.ModuleList with parameters; "
+                "pass blocks=[...] with the layers to quantize"
+            )
+        blocks = list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    names = {module: name for name, module in model.named_modules()}
+    for block in blocks:
+        if block not in names:
+            raise ValueError(
+                f"blocks must be modules of the model, got a {type(block).__name__} that is not in it"
+            )
+    return {names[block]: block for block in blocks}
+
+
+def _module_lists(root: nn.Module) -> list[nn.ModuleList]:
+    return [m for m in root.modules() if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The hidden state in a module's output, which is a tensor or begins with one."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
+@dataclass
+class ModuleCall:
+    """The arguments of one call of a module, to be replayed; `hidden` stands in for the hidden state."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hidden_key: int | str = 0
+
+    @classmethod
+    def record(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModuleCall:
+        return cls(args, dict(kwargs), 0 if args else "hidden_states")
+
+    @property
+    def hidden(self) -> Tensor:
+        return (
+            self.args[self.hidden_key] if isinstance(self.hidden_key, int) else self.kwargs[self.hidden_key]
+        )
+
+    def with_hidden(self, hidden: Tensor | None) -> ModuleCall:
+        if isinstance(self.hidden_key, int):
+            return ModuleCall((hidden, *self.args[1:]), self.kwargs, self.hidden_key)
+        return ModuleCall(self.args, {**self.kwargs, self.hidden_key: hidden}, self.hidden_key)
+
+    def map_tensors(self, fn: Any) -> ModuleCall:
+        """The same call with `fn` applied to every tensor, inside tuples and dicts too."""
+        return ModuleCall(
+            *torch.utils._pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs)), self.hidden_key
+        )
+
+    def run(self, module: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The module's output, with some of its parameters replaced (the module itself is not touched)."""
+        if not parameters:
+            return first_tensor(module(*self.args, **self.kwargs))
+        return first_tensor(torch.func.functional_call(module, dict(parameters), self.args, self.kwargs))
+
+
+@dataclass
+class BlockStream:
+    """One batch on its way through the blocks: the hidden state, and how each block is called."""
+
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # at the current block's input
+    calls: list[ModuleCall] = field(default_factory=list)  # one a block, without the hidden state
+    deltas: dict[int, Tensor] = field(default_factory=dict)  # added before block i
+    distorted: Tensor | None = None  # the stream through the quantized blocks, with error propagation
+    last_output: Tensor | None = None  # only while recording
+
+    def call(self, index: int, hidden: Tensor) -> ModuleCall:
+        """The call of block `index` on `hidden`."""
+        return self.calls[index].with_hidden(hidden)
+
+    def between(self, index: int, output: Tensor) -> Tensor:
+        """The input of block `index`, given the output of the one before."""
+        return output + self.deltas[index].to(output.device) if index in self.deltas else output
+
+
+@contextmanager
+def hooked(handles: Iterable[Any]) -> Iterator[None]:
+    """Remove the hooks at the end, whatever happens."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether the module's forward has a parameter of this name."""
+    return name in inspect.signature(module.forward).parameters
+
+
+def forward(model: nn.Module, batch: CalibrationBatch, **extra: Any) -> Tensor:
+    """The model's logits (B, T', V), run as for inference but without a cache.
+
+    Of `extra` (logits_to_keep) the model gets what its forward has a parameter for.
+    """
+    extra = {k: v for k, v in {"use_cache": False, **extra}.items() if takes(model, k)}
+    output = model(**batch.inputs, **extra)
+    logits = getattr(output, "logits", None)
+    return first_tensor(output) if logits is None else logits
+
+
+@torch.no_grad()
+def capture_streams(
+    model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[CalibrationBatch]
+) -> list[BlockStream]:
+    """Run the model once on each batch and record how its blocks are called.
+
+    Raises ValueError naming the block at whose input a NaN or inf appears, and RuntimeError if the
+    forward does not call every block once and in order.
+    """
+    streams = []
+    for number, batch in enumerate(batches):
+        stream = BlockStream()
+        hooks = (
+            block.register_forward_hook(
+                partial(_record_call, stream, f"{name} on calibration batch {number}"), with_kwargs=True
+            )
+            for name, block in blocks.items()
+        )
+        with hooked(hooks):
+            forward(model, batch, logits_to_keep=1)
+        if len(stream.calls) != len(blocks):
+            raise RuntimeError(
+                f"{type(model).__name__} made {len(stream.calls)} calls of its {len(blocks)} blocks on calibration "
+                f"batch {number}; every block must run once: pass the right ones as blocks=[...]"
+            )
+        stream.last_output = None
+        streams.append(stream)
+    return streams
+
+
+def _record_call(
+    stream: BlockStream,
+    where: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    call = ModuleCall.record(args, kwargs)
+    if not torch.isfinite(call.hidden).all():
+        raise ValueError(
+            f"NaN or inf in the activations at the input of {where}: the scales would be meaningless. Check the "
+            "model's weights and dtype (float16 overflows where bfloat16 does not) and the batch"
+        )
+    if stream.last_output is None:
+        stream.hidden = call.hidden
+    elif call.hidden is not stream.last_output and not torch.equal(call.hidden, stream.last_output):
+        stream.deltas[len(stream.calls)] = call.hidden - stream.last_output
+    stream.calls.append(call.with_hidden(None))
+    stream.last_output = first_tensor(output)

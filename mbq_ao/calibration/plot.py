@@ -1,0 +1,86 @@
+"""The picture of a calibration: how sensitive each layer is to each modality, and what the search gained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from mbq_ao.calibration.report import CalibrationReport, GroupReport
+
+_COLORS = ("#2a6fbb", "#e07b39", "#3a9d6e", "#8a5fb0", "#c24d63", "#7d7d7d")
+
+
+def plot_report(report: CalibrationReport) -> Figure:
+    """Left: r by layer and group. Right: search loss over that of plain rounding (1 = no gain)."""
+    try:
+        import matplotlib.pyplot as plt
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('report.plot() needs matplotlib: pip install "mbq_ao[demo]"') from error
+    del plt  # only to fail early where no backend can be had
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    series = _by_group(report)
+    _plot_sensitivity(left, series)
+    _plot_gain(right, series)
+    settings = report.settings
+    if settings:
+        figure.suptitle(
+            f"MBQ calibration: {settings['precision']}, group size {settings['group_size'] or 'row'}, "
+            f"recipe {settings['recipe']}, loss {settings['loss']}",
+            fontsize=11,
+            x=0.01,
+            ha="left",
+        )
+    return figure
+
+
+def _by_group(report: CalibrationReport) -> dict[str, list[tuple[int, GroupReport]]]:
+    """Groups with the same linears, with the number of their block."""
+    order = {block: i for i, block in enumerate(dict.fromkeys(g.block for g in report.groups))}
+    series: dict[str, list[tuple[int, GroupReport]]] = {}
+    for group in report.groups:
+        label = ", ".join(name.rpartition(".")[2] for name in group.linears)
+        series.setdefault(label, []).append((order[group.block], group))
+    return series
+
+
+def _plot_sensitivity(axes: Axes, series: dict[str, list[tuple[int, GroupReport]]]) -> None:
+    drawn = set()
+    for color, (label, points) in zip(_COLORS, series.items(), strict=False):
+        xs = [i for i, g in points if g.sensitivity is not None]
+        ys = [g.sensitivity for _, g in points if g.sensitivity is not None]
+        raw = [g.sensitivity_raw for _, g in points if g.sensitivity is not None]
+        if not ys or (key := tuple(ys)) in drawn:
+            continue  # q, k, v and o share one r; gate, up and down another
+        drawn.add(key)
+        axes.plot(xs, raw, color=color, lw=1.8, marker="o", ms=3.5, label=f"at the output of {label}")
+        axes.plot(xs, ys, color=color, lw=1, ls=":", alpha=0.9)
+    axes.axhline(1.0, color="black", lw=0.8, alpha=0.4)
+    axes.set(xlabel="decoder layer", ylabel="vision / answer sensitivity r", ylim=(0, None))
+    axes.set_title("How much a vision token's error matters (answer token = 1)", fontsize=10, loc="left")
+    if drawn:
+        axes.legend(frameon=False, fontsize=8, title="dotted: with the median floor", title_fontsize=8)
+    else:
+        axes.text(0.5, 0.5, "balance off: all tokens count alike", ha="center", transform=axes.transAxes)
+    _tidy(axes)
+
+
+def _plot_gain(axes: Axes, series: dict[str, list[tuple[int, GroupReport]]]) -> None:
+    for color, (label, points) in zip(_COLORS, series.items(), strict=False):
+        kept = [(i, g.loss / g.loss_rtn) for i, g in points if g.loss_rtn]
+        if kept:
+            axes.plot(*zip(*kept, strict=True), color=color, lw=1.8, marker="o", ms=3.5, label=label)
+    axes.axhline(1.0, color="black", lw=0.8, alpha=0.4)
+    axes.set(xlabel="decoder layer", ylabel="loss / loss of plain rounding", ylim=(0, 1.05))
+    axes.set_title("What the searched scales leave of the rounding error", fontsize=10, loc="left")
+    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    _tidy(axes)
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)

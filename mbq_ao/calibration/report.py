@@ -1,0 +1,124 @@
+"""What a calibration found: one record a scale group, as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class GroupReport:
+    """One scale group of one block.
+
+    linears, producer, fold: names relative to `block`; fold "act_pre_scale" if the scale stays on the
+    quantized tensors, "none" if the group is not scaled.
+    alpha: the exponent found (0 is plain rounding). losses: one per grid point; loss_rtn is that of
+    alpha = 0, loss the best. sensitivity: the factor r on vision tokens, None if the balance is off.
+    sensitivity_raw: r before the median floor.
+    """
+
+    block: str
+    producer: str | None
+    linears: list[str]
+    fold: str
+    alpha: float
+    losses: list[float]
+    loss_rtn: float
+    loss: float
+    sensitivity: float | None
+    sensitivity_raw: float | None = None
+
+
+@dataclass
+class CalibrationReport:
+    """Result of `quantize_`. `print(report)` shows a table; see also records(), to_json() and plot().
+
+    groups: one record a scale group, in the order in which the model runs them.
+    not_scaled: linears that are quantized by plain rounding because nothing takes their scale.
+    not_quantized: linears inside the blocks that filter_fn left out, and other weights found there.
+    logits_error: relative change of the logits by folding alone, on one calibration batch.
+    nbytes_before, nbytes_after: bytes of the quantized linears' weights.
+    """
+
+    settings: dict[str, Any]
+    groups: list[GroupReport] = field(default_factory=list)
+    not_scaled: list[str] = field(default_factory=list)
+    not_quantized: list[str] = field(default_factory=list)
+    logits_error: float = 0.0
+    num_linears: int = 0
+    nbytes_before: int = 0
+    nbytes_after: int = 0
+    seconds: float = 0.0
+
+    def records(self) -> list[dict[str, Any]]:
+        return [asdict(group) for group in self.groups]
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The whole report as JSON; written to `path` as well if one is given."""
+        text = json.dumps(asdict(self), indent=1)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    def __str__(self) -> str:
+        header = ("block", "linears", "folded into", "alpha", "r", "loss RTN", "loss", "gain")
+        rows = [
+            (
+                group.block if i == 0 or self.groups[i - 1].block != group.block else "",
+                " ".join(name.rpartition(".")[2] for name in group.linears),
+                (group.producer or group.fold).rpartition(".")[2],
+                f"{group.alpha:.2f}",
+                "-" if group.sensitivity is None else f"{group.sensitivity:.3f}",
+                f"{group.loss_rtn:.4g}",
+                f"{group.loss:.4g}",
+                f"{100 * (1 - group.loss / group.loss_rtn):.0f}%" if group.loss_rtn else "-",
+            )
+            for i, group in enumerate(self.groups)
+        ]
+        widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+        lines = [
+            "  ".join(
+                f"{cell:<{w}}" if i < 3 else f"{cell:>{w}}"
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
+            for row in [header, tuple("-" * w for w in widths), *rows]
+        ]
+        lines.append(self.summary())
+        return "\n".join(line.rstrip() for line in lines)
+
+    def summary(self) -> str:
+        """A few lines: sizes, mean gain, what was left out."""
+        megabyte = 1e6
+        ratio = self.nbytes_before / self.nbytes_after if self.nbytes_after else float("nan")
+        gains = [1 - g.loss / g.loss_rtn for g in self.groups if g.loss_rtn]
+        lines = [
+            f"{self.num_linears} linears: {self.nbytes_before / megabyte:.1f} MB -> "
+            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), calibrated in {self.seconds:.0f} s"
+        ]
+        if gains:
+            lines.append(
+                f"search loss {100 * sum(gains) / len(gains):.0f}% below plain rounding on average; "
+                f"logits moved by {self.logits_error:.1e} (relative) through folding alone"
+            )
+        if self.not_scaled:
+            lines.append(f"rounded without a scale: {', '.join(self.not_scaled)}")
+        if self.not_quantized:
+            lines.append(f"not quantized: {', '.join(self.not_quantized)}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Sensitivity by layer and the search loss against plain rounding, as a matplotlib figure.
+
+        path: also saved there (the suffix chooses the format). Raises ImportError without matplotlib.
+        """
+        from mbq_ao.calibration.plot import plot_report
+
+        figure = plot_report(self)
+        if path is not None:
+            figure.savefig(path, dpi=150, bbox_inches="tight")
+        return figure

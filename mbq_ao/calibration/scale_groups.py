@@ -1,0 +1,268 @@
+"""Find a block's scale groups without knowing its architecture: propose by data flow, accept by invariance.
+
+1. Trace: one forward shows which linears read the same storage. They form a group and share one s.
+2. Probe: multiply the rows (or the norm weight) of an earlier module by known factors, run the block
+   and look at the group's input. If every channel was multiplied by the factor of one row, that module
+   produces the input, and the factors say which row feeds which channel: the identity, the last half of a
+   fused projection, or value heads shared by several query heads. No head count is needed.
+3. Accept: for random s, scale the linears' columns by s and fold 1 / s into the producer. The block's
+   output must not change. This refuses a producer that something else reads as well.
+
+The error in step 3 is judged against the change that scaling without folding makes, not against the
+output: beside a residual outlier of 1e4 a wrong fold moves the output by 2e-6 and would pass, while
+against the unfolded change wrong folds lie at 0.1-1 and right ones at 1e-6.
+
+All of it runs on an fp32 copy of the block. Values that leave the block by another way than its output
+are not seen; the check of the whole model's logits (mbq.py) covers them.
+Tables of architectures, as AWQ-like tools have them, were rejected: they break with every release.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked
+from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, folded_parameters
+
+_LEVELS = 64  # probe factors per digit: far enough apart to be told from rounding
+_TOLERANCE = 1e-3  # of the unfolded change; right folds are at 1e-6, wrong ones above 0.1
+
+
+@dataclass
+class Trace:
+    """One forward of a block: leaf modules in the order of their calls, and the storages they read and wrote."""
+
+    block: nn.Module
+    order: list[str]
+    reads: dict[str, int]
+
+    def linear_groups(self) -> list[tuple[str, ...]]:
+        groups: dict[int, list[str]] = {}
+        for name in dict.fromkeys(self.order):
+            if is_linear(self.block.get_submodule(name)):
+                groups.setdefault(self.reads[name], []).append(name)
+        return [tuple(names) for names in groups.values()]
+
+    def before(self, name: str) -> list[str]:
+        """The modules called before `name`, nearest first."""
+        return self.order[: self.order.index(name)][::-1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+class BlockProber:
+    """Runs experiments on an fp32 copy of a block.
+
+    call: one call of the block with real hidden states of at least two tokens.
+    """
+
+    def __init__(self, block: nn.Module, call: ModuleCall) -> None:
+        self.block = copy.deepcopy(block).float().requires_grad_(False).eval()
+        self.call = call.map_tensors(lambda t: t.float() if t.is_floating_point() else t)
+        self.trace, self.output = self._trace()
+
+    @torch.no_grad()
+    def _trace(self) -> tuple[Trace, Tensor]:
+        order: list[str] = []
+        reads: dict[str, int] = {}
+        alive = []  # a freed storage's address may be given to another tensor
+
+        def record(name: str, args: tuple[Tensor, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                alive.append(args[0])
+                order.append(name)
+                reads[name] = args[0].untyped_storage().data_ptr()
+
+        def hooks() -> Iterator[object]:
+            for name, module in self.block.named_modules():
+                if isinstance(getattr(module, "weight", None), nn.Parameter) and not list(module.children()):
+                    yield module.register_forward_pre_hook(lambda m, a, name=name: record(name, a))
+
+        with hooked(hooks()):
+            output = self.call.run(self.block)
+        return Trace(self.block, order, reads), output
+
+    def find_all(self) -> list[ScaleGroup]:
+        """All groups of the block's nn.Linear modules, in the order in which they run.
+
+        A group whose input nothing can be shown to produce has producer None.
+        """
+        return [self.complete(ScaleGroup(linears)) for linears in self.trace.linear_groups()]
+
+    def complete(self, group: ScaleGroup) -> ScaleGroup:
+        """Fill in what the group leaves open: producer, fold, row map, inspected module.
+
+        A producer that the group names is the only candidate. Raises ValueError if it cannot take 1 / s.
+        """
+        for name in group.linears:
+            if name not in self.trace.reads:
+                raise ValueError(
+                    f"scale group names {name!r}, which is not a linear that this block runs: {group}"
+                )
+        inspect = self._inspected(group) if group.inspect is None else group.inspect
+        group = replace(group, inspect=inspect)
+        candidates = self.trace.before(group.linears[0]) if group.producer is None else [group.producer]
+        for producer in candidates:
+            for found in self._foldings(group, producer):
+                if self._preserves_output(found):
+                    return replace(found, mixes_tokens=self._mixes_tokens(found))
+        if group.producer is not None:
+            raise ValueError(
+                f"scaling {', '.join(group.linears)} and folding 1/s into {group.producer} changes the block's output: "
+                "name another producer, or producer=None to let it be found"
+            )
+        return group
+
+    def _inspected(self, group: ScaleGroup) -> str:
+        """A single linear is compared itself if its input comes from a linear; else the module around the group."""
+        parents = [name.rpartition(".")[0].split(".") for name in group.linears]
+        common = []
+        for parts in zip(*parents, strict=False):
+            if len(set(parts)) > 1:
+                break
+            common.append(parts[0])
+        parent = ".".join(p for p in common if p)
+        if len(group.linears) > 1:
+            return parent
+        only = group.linears[0]
+        # The first linear of a module (a fused qkv_proj) stands for the module; a later one (o_proj) for itself.
+        siblings = [
+            n
+            for n in self.trace.order
+            if parent and n.startswith(parent + ".") and is_linear(self._module(n))
+        ]
+        return parent if parent and len(siblings) > 1 and siblings[0] == only else only
+
+    def _module(self, name: str) -> nn.Module:
+        return self.block.get_submodule(name)
+
+    def _input_of(self, linear: str, parameters: dict[str, Tensor]) -> Tensor:
+        """(tokens, in_features) at the input of a linear, with some of the block's parameters replaced."""
+        seen: list[Tensor] = []
+        with hooked([self._module(linear).register_forward_pre_hook(lambda m, a: seen.append(a[0]))]):
+            self.call.run(self.block, parameters)
+        return seen[0].flatten(0, -2)
+
+    @torch.no_grad()
+    def _foldings(self, group: ScaleGroup, producer: str) -> Iterator[ScaleGroup]:
+        """The ways in which `producer` may feed the group, found by probing."""
+        module, linear = self._module(producer), group.linears[0]
+        num_channels = self._module(linear).in_features
+        weight = module.weight
+        if is_linear(module):
+            if (row_map := self._find_row_map(producer, linear, num_channels)) is not None:
+                yield replace(group, producer=producer, fold="rows", row_map=row_map)
+        elif weight.ndim == 1 and weight.numel() == num_channels:
+            before = self._input_of(linear, {})
+            factors = torch.linspace(0.5, 1.5, num_channels, device=weight.device)
+            if getattr(module, "bias", None) is None:
+                trials = [
+                    ("weight", weight * factors, None),
+                    ("one_plus_weight", (1 + weight) * factors - 1, None),
+                ]
+            else:
+                trials = [("weight", weight * factors, module.bias * factors)]
+            for fold, probe, bias in trials:
+                changed = {f"{producer}.weight": probe}
+                if bias is not None:
+                    changed[f"{producer}.bias"] = bias
+                after = self._input_of(linear, changed)
+                if (after - before * factors).norm() <= _TOLERANCE * (after - before).norm():
+                    yield replace(group, producer=producer, fold=fold)  # type: ignore[arg-type]
+
+    def _find_row_map(self, producer: str, linear: str, num_channels: int) -> RowMap | None:
+        num_rows = self._module(producer).out_features
+        num_digits = next(n for n in range(1, 9) if _LEVELS**n >= num_rows)
+        digits = self._read_digits(producer, linear, num_digits)
+        return None if digits is None else _fit_row_map(*digits, num_channels, num_rows)
+
+    def _read_digits(self, producer: str, linear: str, num_digits: int) -> tuple[Tensor, Tensor] | None:
+        """Read the producer's row of every channel off one probe a digit of the row's number.
+
+        Returns (row of each channel, whether the channel is alive), or None where a channel is not the
+        multiple of one row.
+        """
+        module = self._module(producer)
+        row = torch.arange(module.out_features, device=module.weight.device)
+        before = self._input_of(linear, {})
+        power = before.square().sum(0)
+        alive = power > 0
+        found = torch.zeros_like(power, dtype=torch.long)
+        for digit in range(num_digits):
+            factors = 0.5 + (row // _LEVELS**digit % _LEVELS) / _LEVELS
+            changed = {f"{producer}.weight": module.weight * factors[:, None]}
+            if module.bias is not None:
+                changed[f"{producer}.bias"] = module.bias * factors
+            after = self._input_of(linear, changed)
+            if after.shape != before.shape:
+                return None
+            ratio = (after * before).sum(0) / power.clamp(min=torch.finfo(power.dtype).tiny)
+            residual = (after - ratio * before).square().sum(0).sqrt() / power.sqrt()
+            level = (ratio - 0.5) * _LEVELS
+            off = (level - level.round()).abs()
+            if not ((residual[alive] < 1e-3).all() and (off[alive] < 0.1).all()):
+                return None
+            found += level.round().long() * _LEVELS**digit
+        return (found, alive) if alive.any() else None
+
+    @torch.no_grad()
+    def _preserves_output(self, group: ScaleGroup) -> bool:
+        """Step 3: scale and fold with a random s; the block's output must not move."""
+        num_channels = self._module(group.linears[0]).in_features
+        s = torch.rand(num_channels, generator=torch.Generator().manual_seed(0)) + 0.5
+        s = group.row_map.tie(s).to(self.output.device)
+        folded = folded_parameters(self.block, [Scaling(group, s)])
+        columns_only = {name: folded[name] for name in group.weight_names()}
+        control = (self.call.run(self.block, columns_only) - self.output).norm()
+        error = (self.call.run(self.block, folded) - self.output).norm()
+        return bool(control > 0) and bool(error <= _TOLERANCE * control)
+
+    @torch.no_grad()
+    def _mixes_tokens(self, group: ScaleGroup) -> bool:
+        """Whether a change of the producer's output at the first token reaches the linears at other tokens."""
+        assert group.producer is not None
+        before = self._input_of(group.linears[0], {})
+
+        def perturb(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            output = first_tensor(output).clone()
+            output.view(-1, output.shape[-1])[0] += 1.0
+            return output
+
+        with hooked([self._module(group.producer).register_forward_hook(perturb)]):
+            after = self._input_of(group.linears[0], {})
+        return not torch.equal(before[1:], after[1:])
+
+
+def _fit_row_map(row: Tensor, alive: Tensor, num_channels: int, num_rows: int) -> RowMap | None:
+    """The RowMap that agrees with the rows read off the living channels, if any does.
+
+    Channels that are zero on this input (a dead ReLU) say nothing about their row; the pattern of the
+    others decides, which is why arbitrary permutations are not accepted.
+    """
+    channel = torch.arange(num_channels, device=row.device)
+    offsets = (row - channel)[alive]
+    if (offsets == offsets[0]).all() and 0 <= (offset := int(offsets[0])) <= num_rows - num_channels:
+        return RowMap(offset=offset)
+    for num_shared in range(num_channels // 2, 0, -1):  # rows that are shared by several channels
+        if num_channels % num_shared:
+            continue
+        repeats = num_channels // num_shared
+        # A fused projection may hold the shared rows at any multiple; the first living channel tells.
+        for width in _divisors(num_shared):
+            candidate = RowMap(width=width, repeats=repeats)
+            expected = candidate.rows(num_channels).to(row.device)
+            offset = int((row - expected)[alive][0])
+            if 0 <= offset <= num_rows - num_shared and torch.equal(row[alive], (expected + offset)[alive]):
+                return replace(candidate, offset=offset)
+    return None
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]

@@ -1,0 +1,167 @@
+"""Search the channel scale s of one group: the modality-balanced loss, and the grid.
+
+    argmin_s  sum_t  w_t * | W x_t - Q(W s) s^-1 x_t |_p        (equation 5 of the paper; p = 1, "mae")
+
+with a weight w_t for every token:
+
+    balanced "mae"   answer: 1 / ((n_a + n_v) C)      vision: r / ((n_a + n_v) C)
+    balanced "mse"   answer: 1 / (n_a C)              vision: r / (n_v C)
+    not balanced     1 / (n C) for every counted token (AWQ-like)
+
+n_a, n_v: number of answer and vision tokens, C: channels of the compared output. All three are one
+weighted sum, so there is one loss function. In the balanced losses prompt text and padding have w = 0.
+
+The grid: s = mean|x|^(k / n_grid), normalised by sqrt(max s * min s), k = 0 .. n_grid - 1. k = 0 is
+s = 1, plain rounding; an equal loss does not replace an earlier one, so s = 1 stays where nothing is better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from mbq_ao.calibration.capture import ModuleCall
+
+Loss = Literal["mae", "mse"]
+_CHUNK_TOKENS = 8192  # tokens a tokenwise module gets at once: bounds its activations at any calibration size
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one batch contributes: the call whose output is compared, the target, and the tokens' weights.
+
+    target: output of the unquantized module on the unquantized stream. weight: (B, T) fp32.
+    """
+
+    call: ModuleCall
+    target: Tensor
+    weight: Tensor
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """s: (in_features,) the best scale. losses: one per grid point; losses[0] is that of s = 1."""
+
+    s: Tensor
+    alpha: float
+    losses: list[float]
+    index: int
+
+
+def token_weights(
+    counted: list[Tensor],
+    answer: list[Tensor],
+    vision: list[Tensor],
+    *,
+    ratio: float | None,
+    loss: Loss,
+    num_channels: int,
+) -> list[Tensor]:
+    """The weight of every token, one (B, T) fp32 tensor a batch. ratio=None is the unbalanced loss over `counted`."""
+    if ratio is None:
+        n = _count(counted)
+        return [mask.float() / (n * num_channels) for mask in counted]
+    n_answer, n_vision = _count(answer), _count(vision)
+    if loss == "mae":
+        n_answer = n_vision = n_answer + n_vision
+    per_answer = 1.0 / (max(n_answer, 1) * num_channels)
+    per_vision = ratio / (max(n_vision, 1) * num_channels)
+    return [a.float() * per_answer + v.float() * per_vision for a, v in zip(answer, vision, strict=True)]
+
+
+def _count(masks: list[Tensor]) -> int:
+    return sum(int(mask.sum()) for mask in masks)
+
+
+@torch.no_grad()
+def search_scale(
+    module: nn.Module,
+    examples: list[Example],
+    statistic: Tensor,
+    candidate: Callable[[Tensor], dict[str, Tensor]],
+    *,
+    loss: Loss,
+    n_grid: int,
+) -> SearchResult:
+    """Try every s of the grid and keep the best. The module is not changed.
+
+    module: whose output is compared. statistic: (in_features,) mean |x| per channel.
+    candidate: s -> the module's parameters (name -> value) that stand for the quantized ones.
+    Raises ValueError if the loss is not finite for s = 1.
+    """
+    examples = _as_chunks(module, examples)
+    losses: list[float] = []
+    best = 0
+    best_s = torch.ones_like(statistic)
+    for k in range(n_grid):
+        s = scale_at(statistic, k / n_grid)
+        parameters = candidate(s)
+        # One transfer to the host for a grid point, not one for an example.
+        total = (
+            torch.stack([_weighted_error(e, e.call.run(module, parameters), loss) for e in examples])
+            .sum()
+            .item()
+        )
+        if k == 0 and not torch.isfinite(torch.tensor(total)):
+            raise ValueError("the search loss is not finite: NaN or inf in the activations or weights")
+        losses.append(total)
+        if total < losses[best]:
+            best, best_s = k, s
+    return SearchResult(best_s, best / n_grid, losses, best)
+
+
+def scale_at(statistic: Tensor, alpha: float) -> Tensor:
+    """s = clamp(statistic^alpha, 1e-4) / sqrt(max * min); alpha = 0 gives exactly 1."""
+    s = statistic.pow(alpha).clamp(min=1e-4)
+    return s / (s.max() * s.min()).sqrt()
+
+
+def _weighted_error(example: Example, output: Tensor, loss: Loss) -> Tensor:
+    error = (example.target - output).float()
+    error = error.abs() if loss == "mae" else error.square()
+    return (error.sum(-1).flatten() * example.weight.flatten()).sum()
+
+
+def _as_chunks(module: nn.Module, examples: list[Example]) -> list[Example]:
+    """Drop tokens of weight 0 and join batches, if the module treats every token alone.
+
+    Whether it does is tried out on the first example, not inferred from its class.
+    """
+    if not _is_tokenwise(module, examples[0]):
+        return examples
+    hidden = torch.cat([e.call.hidden.flatten(0, -2)[_selected(e)] for e in examples])
+    target = torch.cat([e.target.flatten(0, -2)[_selected(e)] for e in examples])
+    weight = torch.cat([e.weight.flatten()[_selected(e)] for e in examples])
+    call = examples[0].call
+    return [
+        Example(call.with_hidden(h), t, w)
+        for h, t, w in zip(*(x.split(_CHUNK_TOKENS) for x in (hidden, target, weight)), strict=True)
+    ]
+
+
+def _selected(example: Example) -> Tensor:
+    return example.weight.flatten() != 0
+
+
+def _is_tokenwise(module: nn.Module, example: Example) -> bool:
+    call = example.call
+    if sum(isinstance(leaf, Tensor) for leaf in tree_leaves((call.args, call.kwargs))) > 1:
+        return False  # masks, position embeddings: tied to the positions of the batch
+    if isinstance(module, nn.Linear):
+        return True
+    tokens = call.hidden.flatten(0, -2)
+    some = torch.arange(0, tokens.shape[0], 2, device=tokens.device)
+    try:
+        alone = call.with_hidden(tokens[some]).run(module)
+        together = call.run(module).flatten(0, -2)[some]
+    except (RuntimeError, ValueError, IndexError):  # the module wants (B, T, C)
+        return False
+    if alone.shape != together.shape:
+        return False
+    tolerance = 1e-4 if tokens.dtype == torch.float32 else 2e-2
+    return bool((alone - together).norm() <= tolerance * together.norm())

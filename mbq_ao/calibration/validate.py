@@ -1,0 +1,61 @@
+"""Refuse what cannot be calibrated, before anything is run: each error names the thing and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torchao.utils import TorchAOBaseTensor
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raise ValueError for weights on the meta device, quantized weights, or a model without parameters."""
+    if not any(True for _ in model.parameters()):
+        raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
+    for name, parameter in model.named_parameters():
+        if parameter.device.type == "meta":
+            raise ValueError(
+                f"{name} is on the meta device and has no values: load the model's weights before quantize_ "
+                "(from_pretrained without an offloading device_map)"
+            )
+        if isinstance(parameter, TorchAOBaseTensor):
+            raise ValueError(
+                f"{name} is already quantized ({type(parameter).__name__}): scales cannot be searched on quantized "
+                "weights; load the full-precision model again"
+            )
+
+
+def check_linears(model: nn.Module, selected: Mapping[str, dict[str, nn.Linear]]) -> None:
+    """Raise ValueError for linears that cannot be quantized: shared, of another dtype, NaN or inf inside."""
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            first = owners.setdefault(id(weight), name)
+            if first != name and any(
+                _is(linear, weight) for group in selected.values() for linear in group.values()
+            ):
+                raise ValueError(
+                    f"{first} and {name} share one weight: quantizing it for one place would change the other; "
+                    "untie them (copy the weight), or leave both out with filter_fn"
+                )
+    for block, linears in selected.items():
+        for name, linear in linears.items():
+            weight = linear.weight
+            if weight.dtype not in _DTYPES:
+                raise ValueError(
+                    f"{block}.{name}.weight has dtype {weight.dtype}; supported are float32, float16 and bfloat16: "
+                    "convert the model with .to(torch.bfloat16)"
+                )
+            if not torch.isfinite(weight).all():
+                raise ValueError(
+                    f"NaN or inf in {block}.{name}.weight: a quantized weight could not represent it; "
+                    "repair the checkpoint, or leave the layer out with filter_fn"
+                )
+
+
+def _is(linear: nn.Linear, weight: nn.Parameter) -> bool:
+    return linear.weight is weight

@@ -1,0 +1,196 @@
+"""The front door: `quantize_(model, mbq_config(calib_data))`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import quantize_ as torchao_quantize_
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from mbq_ao.config import Int3WeightOnlyConfig
+from mbq_ao.int3_tensor import MBQInt3Tensor
+
+if TYPE_CHECKING:
+    from mbq_ao.calibration.fold import ScaleGroup
+    from mbq_ao.calibration.report import CalibrationReport
+
+FilterFn = Callable[[nn.Module, str], bool]
+_RECIPES = ("best", "paper")
+_LOSSES = ("mae", "mse")
+
+
+@dataclass(kw_only=True)
+class MBQConfig(AOBaseConfig):
+    """What `mbq_config` returns; its docstring says what the fields mean."""
+
+    calib_data: Iterable[Mapping[str, Any]] = field(repr=False)
+    precision: str = "w3a16"
+    group_size: int | None = 128
+    recipe: Literal["best", "paper"] = "best"
+    balance: bool = True
+    loss: Literal["mae", "mse"] = "mae"
+    propagate_error: bool = False
+    n_grid: int = 20
+    filter_fn: FilterFn | None = None
+    scale_groups: Sequence[ScaleGroup] | None = None
+    blocks: Sequence[nn.Module] | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("precision", self.precision, tuple(_QUANTIZERS))
+        _one_of("recipe", self.recipe, _RECIPES)
+        _one_of("loss", self.loss, _LOSSES)
+        if not isinstance(self.n_grid, int) or self.n_grid < 1:
+            raise ValueError(
+                f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20"
+            )
+        self.quantizer()  # raises for a group size that the precision does not have
+
+    def quantizer(self) -> Int3WeightQuantizer:
+        return _QUANTIZERS[self.precision](self.group_size)
+
+
+@dataclass(frozen=True)
+class Int3WeightQuantizer:
+    """W3A16: what calibration knows of the tensor it calibrates for."""
+
+    group_size: int | None
+
+    def __post_init__(self) -> None:
+        Int3WeightOnlyConfig(group_size=self.group_size)
+
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        return MBQInt3Tensor.fake_quantize(weight, self.group_size)
+
+    def quantize(self, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
+        return MBQInt3Tensor.from_hp(weight, self.group_size, act_pre_scale=act_pre_scale)
+
+
+_QUANTIZERS = {"w3a16": Int3WeightQuantizer}
+
+
+def mbq_config(
+    calib_data: Iterable[Mapping[str, Any]],
+    *,
+    precision: str = "w3a16",
+    group_size: int | None = 128,
+    recipe: Literal["best", "paper"] = "best",
+    balance: bool = True,
+    loss: Literal["mae", "mse"] = "mae",
+    propagate_error: bool = False,
+    n_grid: int = 20,
+    filter_fn: FilterFn | None = None,
+    scale_groups: Sequence[ScaleGroup] | None = None,
+    blocks: Sequence[nn.Module] | None = None,
+) -> MBQConfig:
+    """Modality-balanced quantization, calibrated on `calib_data` (arXiv 2412.19509).
+
+    calib_data: iterable of dicts as a transformers processor returns them for image, question and
+        answer, with `labels` (B, T), -100 on every token that is not answer. `vision_mask` and
+        `answer_mask`, bool (B, T), override what is found from the model's config and from the labels.
+        It is read once; batches may differ in length.
+    precision: "w3a16", 3-bit weights with an asymmetric grid, activations as they are.
+    group_size: 32, 64 or 128 input channels share a scale; None: one scale a row.
+    recipe: "best" is the corrected calibration. "paper" computes what the published code computes, number
+        for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
+        scaled only where v_proj has its shape, and what no producer can take is not scaled.
+        To reproduce the paper on several samples, pass them as one padded batch, as its code does.
+    balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens.
+    loss: "mae" or "mse", the search's distance between outputs (the paper prefers mae).
+    propagate_error: calibrate every block on the output of the quantized blocks before it.
+    n_grid: exponents tried for each scale.
+    filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers to quantize; None: all of them.
+    scale_groups: use these groups (names relative to a block) instead of looking for them.
+    blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
+
+    Raises ValueError for a value outside these choices.
+    """
+    return MBQConfig(
+        calib_data=calib_data,
+        precision=precision,
+        group_size=group_size,
+        recipe=recipe,
+        balance=balance,
+        loss=loss,
+        propagate_error=propagate_error,
+        n_grid=n_grid,
+        filter_fn=filter_fn,
+        scale_groups=scale_groups,
+        blocks=blocks,
+    )
+
+
+def quantize_(
+    model: nn.Module,
+    config: AOBaseConfig,
+    filter_fn: FilterFn | None = None,
+    device: torch.types.Device = None,
+    *,
+    progress: bool = True,
+) -> CalibrationReport | None:
+    """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
+
+    With `mbq_config(calib_data)`: calibrates, then turns the linears of the language model's decoder
+    layers into MBQInt3Tensor weights, and returns the report. Any other config is handed to torchao's
+    own `quantize_` and None is returned.
+
+    filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
+    device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder
+        layers go there one at a time, so a model larger than the device's memory can be calibrated.
+        None: each layer stays where it is.
+    progress: show progress bars.
+
+    If it raises, or is interrupted, the model's parameters and buffers are what they were.
+
+    Memory beyond the model: see mbq_ao/calibration/mbq.py.
+    """
+    if not isinstance(config, MBQConfig):
+        torchao_quantize_(model, config, filter_fn, device)
+        return None
+
+    from mbq_ao.calibration.mbq import RECIPES, CalibrationSettings, calibrate
+
+    filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
+    settings = CalibrationSettings(
+        recipe=RECIPES[config.recipe],
+        balance=config.balance,
+        loss=config.loss,
+        propagate_error=config.propagate_error,
+        n_grid=config.n_grid,
+        quantizer=config.quantizer(),
+        scale_groups=config.scale_groups,
+        blocks=config.blocks,
+    )
+    plan, report = calibrate(
+        model,
+        config.calib_data,
+        settings,
+        filter_fn=(lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None,
+        device=None if device is None else torch.device(device),
+        progress=progress,
+    )
+    plan.apply()
+    if device is not None:
+        model.to(device)
+    report.settings = {
+        name: getattr(config, name)
+        for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")
+    }
+    return report
+
+
+@register_quantize_module_handler(MBQConfig)
+def _refuse_module_by_module(module: nn.Module, config: MBQConfig, **kwargs: Any) -> nn.Module:
+    raise TypeError(
+        "mbq_config needs the whole model to calibrate, but torchao.quantization.quantize_ hands it one module at a "
+        "time: call mbq_ao.quantize_(model, mbq_config(calib_data)), which takes torchao's configs as well"
+    )
+
+
+def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
