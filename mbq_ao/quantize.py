@@ -45,9 +45,7 @@ class MBQConfig(AOBaseConfig):
         _one_of("recipe", self.recipe, _RECIPES)
         _one_of("loss", self.loss, _LOSSES)
         if not isinstance(self.n_grid, int) or self.n_grid < 1:
-            raise ValueError(
-                f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20"
-            )
+            raise ValueError(f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20")
         self.quantizer()  # raises for a group size that the precision does not have
 
     def quantizer(self) -> Int3WeightQuantizer:

@@ -65,9 +65,7 @@ def collect_batches(
     has a vision token (the modality balance is then off).
     """
     device = device or next(model.parameters()).device
-    batches = [
-        _make_batch(model, raw, index, device) for index, raw in enumerate(_iterate_mappings(calib_data))
-    ]
+    batches = [_make_batch(model, raw, index, device) for index, raw in enumerate(_iterate_mappings(calib_data))]
     if not batches:
         raise ValueError(
             "calib_data is empty: got no batch; pass at least one dict as a transformers processor returns "
@@ -97,25 +95,23 @@ def _iterate_mappings(calib_data: Iterable[Mapping[str, Any]]) -> Iterator[Mappi
         )
     for index, raw in enumerate(calib_data):
         if not isinstance(raw, Mapping):
-            raise TypeError(
-                f"calibration batch {index} must be a dict of model inputs, got {type(raw).__name__}"
-            )
+            raise TypeError(f"calibration batch {index} must be a dict of model inputs, got {type(raw).__name__}")
         yield raw
 
 
-def _make_batch(
-    model: nn.Module, raw: Mapping[str, Any], index: int, device: torch.device
-) -> CalibrationBatch:
+def _make_batch(model: nn.Module, raw: Mapping[str, Any], index: int, device: torch.device) -> CalibrationBatch:
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in raw.items()}
     inputs = {k: v for k, v in batch.items() if k not in _OWN_KEYS}
-    ids, embeds = batch.get("input_ids"), batch.get("inputs_embeds")
-    if ids is None and embeds is None:
+    ids = batch.get("input_ids")
+    tokens = batch.get("inputs_embeds") if ids is None else ids
+    if tokens is None:
+        raise ValueError(f"calibration batch {index} has neither input_ids nor inputs_embeds, got keys {sorted(batch)}")
+    if tokens.ndim != (3 if ids is None else 2):
         raise ValueError(
-            f"calibration batch {index} has neither input_ids nor inputs_embeds, got keys {sorted(batch)}"
+            f"calibration batch {index} needs input_ids of shape (B, T) or inputs_embeds of shape (B, T, C), "
+            f"got {tuple(tokens.shape)}"
         )
-    shape = tuple(ids.shape) if ids is not None else tuple(embeds.shape[:2])
-    if len(shape) != 2:
-        raise ValueError(f"input_ids of calibration batch {index} must have shape (B, T), got {shape}")
+    shape = tuple(tokens.shape[:2])
 
     padding_mask = batch.get("attention_mask")
     if isinstance(padding_mask, Tensor) and tuple(padding_mask.shape) == shape:
@@ -155,9 +151,7 @@ def _checked_mask(batch: Mapping[str, Any], key: str, shape: tuple[int, ...], in
         return None
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or tuple(mask.shape) != shape:
         got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(
-            f"{key} of calibration batch {index} must be a bool tensor of shape {shape}, got {got}"
-        )
+        raise ValueError(f"{key} of calibration batch {index} must be a bool tensor of shape {shape}, got {got}")
     return mask
 
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from mbq_ao.calibration.batch import CalibrationBatch
 
@@ -36,24 +37,26 @@ def find_blocks(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> 
     if blocks is None:
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
         roots = [decoder, model] if isinstance(decoder, nn.Module) else [model]
-        lists = next((found for root in roots if (found := _module_lists(root))), [])
-        if not lists:
+        found = [lists for root in roots if (lists := _module_lists(root))]
+        if not found:
             raise ValueError(
                 f"{type(model).__name__} has no decoder layers: found no nn.ModuleList with parameters; "
                 "pass blocks=[...] with the layers to quantize"
             )
-        blocks = list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+        blocks = list(max(found[0], key=_num_parameters))
     names = {module: name for name, module in model.named_modules()}
     for block in blocks:
         if block not in names:
-            raise ValueError(
-                f"blocks must be modules of the model, got a {type(block).__name__} that is not in it"
-            )
+            raise ValueError(f"blocks must be modules of the model, got a {type(block).__name__} that is not in it")
     return {names[block]: block for block in blocks}
 
 
 def _module_lists(root: nn.Module) -> list[nn.ModuleList]:
     return [m for m in root.modules() if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
+
+
+def _num_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def first_tensor(output: Any) -> Tensor:
@@ -75,9 +78,7 @@ class ModuleCall:
 
     @property
     def hidden(self) -> Tensor:
-        return (
-            self.args[self.hidden_key] if isinstance(self.hidden_key, int) else self.kwargs[self.hidden_key]
-        )
+        return self.args[self.hidden_key] if isinstance(self.hidden_key, int) else self.kwargs[self.hidden_key]
 
     def with_hidden(self, hidden: Tensor | None) -> ModuleCall:
         if isinstance(self.hidden_key, int):
@@ -86,9 +87,8 @@ class ModuleCall:
 
     def map_tensors(self, fn: Any) -> ModuleCall:
         """The same call with `fn` applied to every tensor, inside tuples and dicts too."""
-        return ModuleCall(
-            *torch.utils._pytree.tree_map_only(Tensor, fn, (self.args, self.kwargs)), self.hidden_key
-        )
+        args, kwargs = tree_map_only(Tensor, fn, (self.args, self.kwargs))
+        return ModuleCall(args, kwargs, self.hidden_key)
 
     def run(self, module: nn.Module, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The module's output, with some of its parameters replaced (the module itself is not touched)."""

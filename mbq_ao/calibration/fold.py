@@ -138,12 +138,7 @@ def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str
 
 def activation_scales(scalings: Iterable[Scaling]) -> Mapping[str, Tensor]:
     """Name of a linear -> s, for the linears whose 1 / s no producer takes."""
-    return {
-        name: scaling.s
-        for scaling in scalings
-        if scaling.group.producer is None
-        for name in scaling.group.linears
-    }
+    return {name: scaling.s for scaling in scalings if scaling.group.producer is None for name in scaling.group.linears}
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:

@@ -20,7 +20,6 @@ activations of one block for one batch at a time.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,8 +41,8 @@ from mbq_ao.calibration.capture import (
     hooked,
 )
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
-from mbq_ao.calibration.residency import computing_on, resident_on
 from mbq_ao.calibration.report import CalibrationReport, GroupReport
+from mbq_ao.calibration.residency import computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.scale_search import Example, Loss, search_scale, token_weights
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
@@ -135,12 +134,8 @@ def calibrate(
         balance = settings.balance and any(b.vision.any() for b in batches)
         raw_ratios: dict[ModuleName, float] = {}
         if balance:
-            inspected = list(
-                dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs)
-            )
-            with tqdm(
-                total=len(batches), desc="modality sensitivity", disable=not progress, leave=False
-            ) as bar:
+            inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
+            with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
                 raw_ratios = modality_sensitivity(
                     model, blocks, inspected, batches, answer_masks=masks.answer, on_batch=bar.update
                 )
@@ -152,9 +147,7 @@ def calibrate(
         for index, (name, block) in enumerate(bar):
             block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
             with resident_on(device, block):
-                worker = BlockCalibrator(
-                    name, block, index, streams, masks, settings, block_ratios, selected[name]
-                )
+                worker = BlockCalibrator(name, block, index, streams, masks, settings, block_ratios, selected[name])
                 reports = worker.search(groups[name])
                 plan.parameters += worker.plan()
                 if index + 1 < len(blocks):
@@ -204,19 +197,14 @@ def find_groups(
     for index, (name, block) in enumerate(blocks.items()):
         signature = (
             type(block),
-            tuple(
-                (n, type(m), getattr(getattr(m, "weight", None), "shape", None))
-                for n, m in block.named_modules()
-            ),
+            tuple((n, type(m), getattr(getattr(m, "weight", None), "shape", None)) for n, m in block.named_modules()),
         )
         if signature not in known:
             call = stream.call(index, stream.between(index, stream.hidden))
             with resident_on(device, block):
                 prober = BlockProber(block, call)
             given = settings.scale_groups
-            known[signature] = (
-                prober.find_all() if given is None else [prober.complete(group) for group in given]
-            )
+            known[signature] = prober.find_all() if given is None else [prober.complete(group) for group in given]
         result[name] = [
             group
             for group in known[signature]
@@ -231,9 +219,7 @@ def _is_scaled(group: ScaleGroup, block: nn.Module, recipe: Recipe) -> bool:
     if recipe.tie_shared_rows or not group.mixes_tokens:
         return True
     # The published code scales o_proj only if v_proj has the very same shape.
-    return (
-        block.get_submodule(group.producer).weight.shape == block.get_submodule(group.linears[0]).weight.shape
-    )
+    return block.get_submodule(group.producer).weight.shape == block.get_submodule(group.linears[0]).weight.shape
 
 
 class BlockCalibrator:
@@ -282,12 +268,8 @@ class BlockCalibrator:
         ]
         statistic = group.row_map.tie(mean_abs([seen.x for seen in calls], self.masks.counted))
         prefix = f"{inspect}." if inspect else ""
-        originals = {
-            n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears
-        }
-        candidates = {
-            f"{n}.weight" if n else "weight": m.weight for n, m in originals.items() if self._is_selected(m)
-        }
+        originals = {n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears}
+        candidates = {f"{n}.weight" if n else "weight": m.weight for n, m in originals.items() if self._is_selected(m)}
 
         def candidate(s: Tensor) -> dict[str, Tensor]:
             return {n: self._stand_in(w, s) / s.to(w.dtype) for n, w in candidates.items()}
@@ -379,9 +361,7 @@ class BlockCalibrator:
             if self.settings.propagate_error:
                 distorted = self._call(stream, distorted=True).run(self.block, served)
                 stream.distorted = stream.between(self.index + 1, distorted)
-            stream.hidden = stream.between(
-                self.index + 1, self._call(stream, distorted=False).run(self.block)
-            )
+            stream.hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
 
 
 class Seen:
@@ -471,16 +451,19 @@ def _selected_linears(
         block_name: {
             name: module
             for name, module in block.named_modules()
-            if isinstance(module, nn.Linear)
-            and (filter_fn is None or filter_fn(module, f"{block_name}.{name}"))
+            if isinstance(module, nn.Linear) and (filter_fn is None or filter_fn(module, f"{block_name}.{name}"))
         }
         for block_name, block in blocks.items()
     }
     if not any(selected.values()):
+        names = [
+            f"{b}.{n}" for b, block in blocks.items() for n, m in block.named_modules() if isinstance(m, nn.Linear)
+        ]
         raise ValueError(
-            f"nothing to quantize: no nn.Linear in the {len(blocks)} decoder layers passes filter_fn; "
-            "check the names it is given, for instance "
-            f"{next((f'{b}.{n}' for b, m in blocks.items() for n, x in m.named_modules() if isinstance(x, nn.Linear)), '(none)')!r}"
+            f"nothing to quantize: none of the {len(names)} nn.Linear in the {len(blocks)} decoder layers passes "
+            f"filter_fn; it is given names like {names[0]!r}"
+            if names
+            else f"nothing to quantize: the {len(blocks)} decoder layers have no nn.Linear; pass blocks=[...]"
         )
     return selected
 
@@ -501,9 +484,7 @@ def _summarise(
             for n, p in block.named_parameters()
             if p.ndim >= 2 and n.removesuffix(".weight") not in selected[block_name]
         ]
-    quantized = [
-        (m, v) for m, name, v in plan.parameters if name == "weight" and hasattr(v, "quantized_nbytes")
-    ]
+    quantized = [(m, v) for m, name, v in plan.parameters if name == "weight" and hasattr(v, "quantized_nbytes")]
     report.num_linears = len(quantized)
     report.nbytes_before = sum(m.weight.numel() * m.weight.element_size() for m, _ in quantized)
-    report.nbytes_after = sum(v.quantized_nbytes() for _, v in quantized)  # type: ignore[attr-defined]
+    report.nbytes_after = sum(v.quantized_nbytes() for _, v in quantized)

@@ -51,13 +51,14 @@ def _by_group(report: CalibrationReport) -> dict[str, list[tuple[int, GroupRepor
 def _plot_sensitivity(axes: Axes, series: dict[str, list[tuple[int, GroupReport]]]) -> None:
     drawn = set()
     for color, (label, points) in zip(_COLORS, series.items(), strict=False):
-        xs = [i for i, g in points if g.sensitivity is not None]
-        ys = [g.sensitivity for _, g in points if g.sensitivity is not None]
-        raw = [g.sensitivity_raw for _, g in points if g.sensitivity is not None]
+        balanced = [(i, g.sensitivity, g.sensitivity_raw) for i, g in points]
+        xs = [i for i, r, raw in balanced if r is not None and raw is not None]
+        ys = [r for _, r, raw in balanced if r is not None and raw is not None]
+        raws = [raw for _, r, raw in balanced if r is not None and raw is not None]
         if not ys or (key := tuple(ys)) in drawn:
             continue  # q, k, v and o share one r; gate, up and down another
         drawn.add(key)
-        axes.plot(xs, raw, color=color, lw=1.8, marker="o", ms=3.5, label=f"at the output of {label}")
+        axes.plot(xs, raws, color=color, lw=1.8, marker="o", ms=3.5, label=f"at the output of {label}")
         axes.plot(xs, ys, color=color, lw=1, ls=":", alpha=0.9)
     axes.axhline(1.0, color="black", lw=0.8, alpha=0.4)
     axes.set(xlabel="decoder layer", ylabel="vision / answer sensitivity r", ylim=(0, None))

@@ -83,8 +83,7 @@ class CalibrationReport:
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [
             "  ".join(
-                f"{cell:<{w}}" if i < 3 else f"{cell:>{w}}"
-                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                f"{cell:<{w}}" if i < 3 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             )
             for row in [header, tuple("-" * w for w in widths), *rows]
         ]

@@ -11,9 +11,7 @@ from torch import nn
 
 
 @contextmanager
-def computing_on(
-    device: torch.device | None, model: nn.Module, blocks: Iterable[nn.Module]
-) -> Iterator[None]:
+def computing_on(device: torch.device | None, model: nn.Module, blocks: Iterable[nn.Module]) -> Iterator[None]:
     """Everything but the decoder layers is moved to `device`; a layer is there while its forward runs.
 
     At the end, whatever happened, everything is back where it was. device=None does nothing.
@@ -33,7 +31,7 @@ def computing_on(
         for t in rest:
             t.data = t.data.to(device)
         for layer in layers:
-            layer.forward = _resident_forward(layer, layer.forward, device)  # type: ignore[method-assign]
+            layer.forward = _resident_forward(layer, layer.forward, device)
         yield
     finally:
         for layer, forward in own_forward:
@@ -44,9 +42,7 @@ def computing_on(
             t.data = data
 
 
-def _resident_forward(
-    layer: nn.Module, forward: Callable[..., Any], device: torch.device
-) -> Callable[..., Any]:
+def _resident_forward(layer: nn.Module, forward: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
     def resident(*args: Any, **kwargs: Any) -> Any:
         with resident_on(device, layer):
             return forward(*args, **kwargs)
@@ -66,8 +62,6 @@ def resident_on(device: torch.device | None, layer: nn.Module) -> Iterator[None]
                             stack.callback(table.__setitem__, name, tensor)
                             copy = tensor.detach().to(device)
                             table[name] = (
-                                nn.Parameter(copy, tensor.requires_grad)
-                                if table is module._parameters
-                                else copy
+                                nn.Parameter(copy, tensor.requires_grad) if table is module._parameters else copy
                             )
         yield

@@ -103,9 +103,7 @@ class BlockProber:
         """
         for name in group.linears:
             if name not in self.trace.reads:
-                raise ValueError(
-                    f"scale group names {name!r}, which is not a linear that this block runs: {group}"
-                )
+                raise ValueError(f"scale group names {name!r}, which is not a linear that this block runs: {group}")
         inspect = self._inspected(group) if group.inspect is None else group.inspect
         group = replace(group, inspect=inspect)
         candidates = self.trace.before(group.linears[0]) if group.producer is None else [group.producer]
@@ -133,11 +131,7 @@ class BlockProber:
             return parent
         only = group.linears[0]
         # The first linear of a module (a fused qkv_proj) stands for the module; a later one (o_proj) for itself.
-        siblings = [
-            n
-            for n in self.trace.order
-            if parent and n.startswith(parent + ".") and is_linear(self._module(n))
-        ]
+        siblings = [n for n in self.trace.order if parent and n.startswith(parent + ".") and is_linear(self._module(n))]
         return parent if parent and len(siblings) > 1 and siblings[0] == only else only
 
     def _module(self, name: str) -> nn.Module:

@@ -102,11 +102,7 @@ def search_scale(
         s = scale_at(statistic, k / n_grid)
         parameters = candidate(s)
         # One transfer to the host for a grid point, not one for an example.
-        total = (
-            torch.stack([_weighted_error(e, e.call.run(module, parameters), loss) for e in examples])
-            .sum()
-            .item()
-        )
+        total = torch.stack([_weighted_error(e, e.call.run(module, parameters), loss) for e in examples]).sum().item()
         if k == 0 and not torch.isfinite(torch.tensor(total)):
             raise ValueError("the search loss is not finite: NaN or inf in the activations or weights")
         losses.append(total)

@@ -65,9 +65,7 @@ def modality_sensitivity(
         for batch, answer in zip(batches, answer_masks, strict=True):
             masks = {"vision": batch.vision, "answer": answer}
 
-            def watch(
-                key: ModuleName, masks: dict[str, Tensor], module: nn.Module, args: Any, output: Any
-            ) -> None:
+            def watch(key: ModuleName, masks: dict[str, Tensor], module: nn.Module, args: Any, output: Any) -> None:
                 output = first_tensor(output)
                 if output.requires_grad:
                     output.register_hook(partial(measure, key, masks))
@@ -130,9 +128,7 @@ def _gradients_of_activations_only(model: nn.Module, blocks: Mapping[str, nn.Mod
     required = [p for p in model.parameters() if p.requires_grad]
     own_forward = {b: b.__dict__.get("forward") for b in blocks.values()}
 
-    def begin_graph(
-        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Any, dict[str, Any]]:
+    def begin_graph(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         if args:
             return (args[0].detach().requires_grad_(True), *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": kwargs["hidden_states"].detach().requires_grad_(True)}
@@ -142,7 +138,7 @@ def _gradients_of_activations_only(model: nn.Module, blocks: Mapping[str, nn.Mod
         for p in required:
             p.requires_grad_(False)
         for block in own_forward:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
         with torch.enable_grad(), hooked([first.register_forward_pre_hook(begin_graph, with_kwargs=True)]):
             yield
     finally:

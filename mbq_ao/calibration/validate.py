@@ -35,9 +35,7 @@ def check_linears(model: nn.Module, selected: Mapping[str, dict[str, nn.Linear]]
         weight = getattr(module, "weight", None)
         if isinstance(weight, nn.Parameter):
             first = owners.setdefault(id(weight), name)
-            if first != name and any(
-                _is(linear, weight) for group in selected.values() for linear in group.values()
-            ):
+            if first != name and any(_is(linear, weight) for group in selected.values() for linear in group.values()):
                 raise ValueError(
                     f"{first} and {name} share one weight: quantizing it for one place would change the other; "
                     "untie them (copy the weight), or leave both out with filter_fn"
