@@ -12,7 +12,7 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for weights on the meta device, quantized weights, or a model without parameters."""
+    """Raise ValueError for weights on the meta device, or a model without parameters."""
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
     for name, parameter in model.named_parameters():
@@ -21,39 +21,38 @@ def check_model(model: nn.Module) -> None:
                 f"{name} is on the meta device and has no values: load the model's weights before quantize_ "
                 "(from_pretrained without an offloading device_map)"
             )
-        if isinstance(parameter, TorchAOBaseTensor):
-            raise ValueError(
-                f"{name} is already quantized ({type(parameter).__name__}): scales cannot be searched on quantized "
-                "weights; load the full-precision model again"
-            )
 
 
 def check_linears(model: nn.Module, selected: Mapping[str, dict[str, nn.Linear]]) -> None:
-    """Raise ValueError for linears that cannot be quantized: shared, of another dtype, NaN or inf inside."""
+    """Raise ValueError for linears that are quantized already, shared, of another dtype or not finite."""
+    weights = {f"{block}.{name}.weight": m.weight for block, linears in selected.items() for name, m in linears.items()}
+    for name, weight in weights.items():
+        _check_weight(name, weight)
+    ours = {id(weight) for weight in weights.values()}
     owners: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            first = owners.setdefault(id(weight), name)
-            if first != name and any(_is(linear, weight) for group in selected.values() for linear in group.values()):
-                raise ValueError(
-                    f"{first} and {name} share one weight: quantizing it for one place would change the other; "
-                    "untie them (copy the weight), or leave both out with filter_fn"
-                )
-    for block, linears in selected.items():
-        for name, linear in linears.items():
-            weight = linear.weight
-            if weight.dtype not in _DTYPES:
-                raise ValueError(
-                    f"{block}.{name}.weight has dtype {weight.dtype}; supported are float32, float16 and bfloat16: "
-                    "convert the model with .to(torch.bfloat16)"
-                )
-            if not torch.isfinite(weight).all():
-                raise ValueError(
-                    f"NaN or inf in {block}.{name}.weight: a quantized weight could not represent it; "
-                    "repair the checkpoint, or leave the layer out with filter_fn"
-                )
+        first = owners.setdefault(id(weight), name)
+        if id(weight) in ours and first != name:
+            raise ValueError(
+                f"{first} and {name} share one weight: quantizing it for one place would change the other; "
+                "untie them (copy the weight), or leave both out with filter_fn"
+            )
 
 
-def _is(linear: nn.Linear, weight: nn.Parameter) -> bool:
-    return linear.weight is weight
+def _check_weight(name: str, weight: nn.Parameter) -> None:
+    if isinstance(weight, TorchAOBaseTensor):
+        raise ValueError(
+            f"{name} is already quantized ({type(weight).__name__}): scales cannot be searched on quantized weights; "
+            "load the full-precision model again"
+        )
+    if weight.dtype not in _DTYPES:
+        raise ValueError(
+            f"{name} has dtype {weight.dtype}; supported are float32, float16 and bfloat16: convert the model with "
+            ".to(torch.bfloat16)"
+        )
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            f"NaN or inf in {name}: a quantized weight could not represent it; repair the checkpoint, or leave the "
+            "layer out with filter_fn"
+        )
