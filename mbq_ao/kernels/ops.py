@@ -1,0 +1,156 @@
+"""The door to the kernels: two `torch.library` ops, opaque to torch.compile, chosen by device inside.
+
+    torch.ops.mbq_ao.int3_linear(x, qdata, scale, zero_point, bias, group_size)             -> (..., N) in x.dtype
+    torch.ops.mbq_ao.int3_dequantize(qdata, scale, zero_point, k, group_size, dtype)        -> (N, k) in dtype
+
+What each computes is reference.py. Which code computes it:
+
+    CUDA, compute capability 8.0 or newer, with triton    the Triton kernels
+    every other device                                    unpack, dequantize, torch's own linear
+
+These are custom ops, not `triton_op`s: the choice of a kernel by the number of rows then adds no guard and no
+recompilation to a compiled model, and a model compiles on a machine without a GPU.
+"""
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbq_ao.kernels.layout import check_qdata
+from mbq_ao.kernels.reference import dequantize_reference
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@torch.library.custom_op("mbq_ao::int3_linear", mutates_args=())
+def int3_linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """y[m, n] = sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero_point[n, k // g]) + bias[n],  g = group_size.
+
+    x: (..., K) fp32 | fp16 | bf16, any strides, any number of rows.  qdata: int16, see layout.py.
+    scale: (N, ceil(K / g)) fp32 | fp16 | bf16.  zero_point: the same shape, uint8.  bias: (N,) or None.
+    Returns (..., N) in x.dtype. Differentiable in x and bias. Raises ValueError for shapes or dtypes that do
+    not fit and for tensors on different devices.
+    """
+    _check_linear(x, qdata, scale, zero_point, bias, group_size)
+    if _has_kernels(x.device):
+        from mbq_ao.kernels.int3_linear import int3_linear_triton
+
+        return int3_linear_triton(x, qdata, scale, zero_point, bias, group_size)
+    weight = dequantize_reference(qdata, scale, zero_point, x.shape[-1], group_size, x.dtype)
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+@int3_linear.register_fake
+def _(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
+    _check_linear(x, qdata, scale, zero_point, bias, group_size)
+    return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+@torch.library.custom_op("mbq_ao::int3_dequantize", mutates_args=())
+def int3_dequantize(
+    qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The (N, k) weight (q - zero_point) * scale, computed in fp32 and rounded once to `dtype`.
+
+    Shapes and errors as in `int3_linear`.
+    """
+    _check_weight(qdata, scale, zero_point, k, group_size)
+    if _has_kernels(qdata.device):
+        from mbq_ao.kernels.int3_linear import int3_dequantize_triton
+
+        return int3_dequantize_triton(qdata, scale, zero_point, k, group_size, dtype)
+    return dequantize_reference(qdata, scale, zero_point, k, group_size, dtype)
+
+
+@int3_dequantize.register_fake
+def _(qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    _check_weight(qdata, scale, zero_point, k, group_size)
+    return scale.new_empty((scale.shape[0], k), dtype=dtype)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, qdata, scale, zero_point, bias, group_size = inputs
+    ctx.save_for_backward(qdata, scale, zero_point)
+    ctx.k, ctx.group_size = x.shape[-1], group_size
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.mbq_ao.int3_dequantize(*ctx.saved_tensors, ctx.k, ctx.group_size, grad.dtype)
+        grad_x = grad @ weight
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+    return grad_x, None, None, None, grad_bias, None
+
+
+int3_linear.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on this device; says so once where a GPU has to do without them."""
+    if device.type != "cuda":
+        return False
+    try:
+        import triton  # noqa: F401
+
+        reason = "compute capability 8.0 is needed" if torch.cuda.get_device_capability(device) < (8, 0) else ""
+    except ImportError:
+        reason = "triton is not installed"
+    if reason:
+        warnings.warn(
+            f"mbq_ao: no 3-bit kernel on {torch.cuda.get_device_name(device)} ({reason}); "
+            "each linear unpacks its weight instead, which is right but slow",
+            stacklevel=2,
+        )
+    return not reason
+
+
+def _check_linear(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
+) -> None:
+    if x.dim() == 0 or x.dtype not in _DTYPES:
+        raise ValueError(
+            f"x must be (..., K) in float32, float16 or bfloat16, got {x.dtype} of shape {tuple(x.shape)}; cast it"
+        )
+    _check_weight(qdata, scale, zero_point, x.shape[-1], group_size)
+    n = scale.shape[0]
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype not in _DTYPES):
+        raise ValueError(f"bias must be ({n},) and floating point, got {bias.dtype} of shape {tuple(bias.shape)}")
+    devices = {t.device for t in (x, qdata, bias) if t is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"x, weight and bias must be on one device, got x on {x.device}, the weight on {qdata.device}"
+            + ("" if bias is None else f", bias on {bias.device}")
+            + "; move them with .to(device)"
+        )
+
+
+def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int) -> None:
+    if group_size < 1 or (group_size % 32 and group_size < k):
+        raise ValueError(
+            f"group_size must be a multiple of 32, or at least K for one scale a row, got {group_size} for K={k}"
+        )
+    if scale.dim() != 2 or scale.shape[1] != -(-k // group_size) or scale.dtype not in _DTYPES:
+        raise ValueError(
+            f"scale must be (N, ceil(K / group_size)) in float32, float16 or bfloat16, got {scale.dtype} of shape "
+            f"{tuple(scale.shape)} for K={k}, group_size={group_size}; K is the last dimension of x"
+        )
+    if zero_point.shape != scale.shape or zero_point.dtype != torch.uint8:
+        raise ValueError(
+            f"zero_point must be uint8 of scale's shape {tuple(scale.shape)}, got {zero_point.dtype} of shape "
+            f"{tuple(zero_point.shape)}"
+        )
+    check_qdata(qdata, scale.shape[0], k)
+    if not qdata.device == scale.device == zero_point.device:
+        raise ValueError(
+            f"qdata, scale and zero_point must be on one device, got {qdata.device}, {scale.device}, "
+            f"{zero_point.device}; move them with .to(device)"
+        )

@@ -1,0 +1,91 @@
+"""Group-wise affine quantization in pure torch: choose the grid, round onto it, come back.
+
+Along K, each group of `group_size` columns of a row has a scale d and an integer zero point z (b bits):
+
+    d = clamp(max - min, 1e-5) / (2^b - 1)      z = clamp(-round(min / d), 0, 2^b - 1)
+    q = clamp(round(w / d) + z, 0, 2^b - 1)     w' = (q - z) * d
+
+The arithmetic is fp32 for every dtype of w and in exactly this order: it agrees bit for bit with the
+published MBQ code run in fp32. Where the scale is stored in 16 bits it is rounded first, and z and q are
+computed with the rounded scale, so that what is searched is what is served. The last group of a row may be
+short: K need not be a multiple of the group size.
+
+Nothing here knows how values are packed; see kernels/layout.py.
+"""
+
+import torch
+from torch import Tensor
+
+from mbq_ao.kernels.reference import dequantize_groups, group_views
+
+_MIN_RANGE = 1e-5  # of a group's max - min: a constant group keeps a usable scale
+
+
+def num_groups(k: int, group_size: int) -> int:
+    """How many groups cover k columns; the last may be short."""
+    return -(-k // group_size)
+
+
+def choose_qparams_affine(
+    w: Tensor, *, group_size: int, num_bits: int = 3, scale_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The scale, (N, ceil(K / group_size)) in `scale_dtype`, and the zero point, uint8 of the same shape.
+
+    w: (N, K), floating point.  scale_dtype: None means w's dtype.
+    """
+    _check_matrix(w)
+    d, z = _choose_qparams(w, group_size, num_bits, w.dtype if scale_dtype is None else scale_dtype)
+    return d, z.to(torch.uint8)
+
+
+def quantize_affine(w: Tensor, scale: Tensor, zero_point: Tensor, *, group_size: int, num_bits: int = 3) -> Tensor:
+    """The integers clamp(round(w / scale) + zero_point, 0, 2^b - 1): uint8, (N, K) like w."""
+    _check_matrix(w)
+    d, z = scale.to(torch.float32), zero_point.to(torch.float32)
+    q = w.new_empty(w.shape, dtype=torch.uint8)
+    for (columns, groups), (out, _) in zip(group_views(w, group_size), group_views(q, group_size), strict=True):
+        out.copy_(_round_to_grid(columns, d[:, groups, None], z[:, groups, None], num_bits))
+    return q
+
+
+def dequantize_affine(q: Tensor, scale: Tensor, zero_point: Tensor, *, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The weight (q - zero_point) * scale, computed in fp32, then rounded to `dtype`: (N, K) like q."""
+    return dequantize_groups(q, scale, zero_point, group_size, dtype)
+
+
+def fake_quantize_affine(w: Tensor, *, group_size: int, num_bits: int = 3) -> Tensor:
+    """What w becomes by quantizing and dequantizing with scales in w's dtype, bit for bit, in w's dtype.
+
+    The integers stay fp32 in place: no uint8, one temporary of w's size. Calibration calls this in its loop.
+    """
+    _check_matrix(w)
+    scale, z = _choose_qparams(w, group_size, num_bits, w.dtype)
+    d = scale.to(torch.float32)
+    pieces = []
+    for columns, groups in group_views(w, group_size):
+        d_, z_ = d[:, groups, None], z[:, groups, None]
+        pieces.append(_round_to_grid(columns, d_, z_, num_bits).sub_(z_).mul_(d_).flatten(1))
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).to(w.dtype)
+
+
+def _choose_qparams(w: Tensor, group_size: int, num_bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scale in `scale_dtype`, zero point as whole numbers in fp32."""
+    q_max = 2**num_bits - 1
+    groups = [columns for columns, _ in group_views(w, group_size)]
+    low = torch.cat([columns.amin(2) for columns in groups], dim=1).to(torch.float32)
+    high = torch.cat([columns.amax(2) for columns in groups], dim=1).to(torch.float32)
+    scale = ((high - low).clamp_(min=_MIN_RANGE) / q_max).to(scale_dtype)
+    # In 16 bits a scale could round to zero; the smallest subnormal stands in for it.
+    scale.clamp_(min=torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps)
+    zero_point = (low / scale.to(torch.float32)).round_().neg_().clamp_(0, q_max)
+    return scale, zero_point
+
+
+def _round_to_grid(w: Tensor, d: Tensor, z: Tensor, num_bits: int) -> Tensor:
+    """clamp(round(w / d) + z, 0, 2^b - 1) as whole numbers in fp32: a new tensor."""
+    return (w.to(torch.float32) / d).round_().add_(z).clamp_(0, 2**num_bits - 1)
+
+
+def _check_matrix(w: Tensor) -> None:
+    if w.dim() != 2 or not w.is_floating_point():
+        raise ValueError(f"a weight must be a floating-point matrix (N, K), got {w.dtype} of shape {tuple(w.shape)}")
