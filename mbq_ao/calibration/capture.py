@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
+from transformers import Cache, PreTrainedModel
 
 from mbq_ao.calibration.batch import CalibrationBatch
 
@@ -74,7 +75,9 @@ class ModuleCall:
 
     @classmethod
     def record(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModuleCall:
-        return cls(args, dict(kwargs), 0 if args else "hidden_states")
+        # A key-value cache would grow, and be read, at every replay.
+        args, kwargs = (tree_map_only(Cache, lambda cache: None, tree) for tree in (tuple(args), dict(kwargs)))
+        return cls(args, kwargs, 0 if args else "hidden_states")
 
     @property
     def hidden(self) -> Tensor:
@@ -137,8 +140,10 @@ def forward(model: nn.Module, batch: CalibrationBatch, **extra: Any) -> Tensor:
 
     Of `extra` (logits_to_keep) the model gets what its forward has a parameter for.
     """
-    extra = {k: v for k, v in {"use_cache": False, **extra}.items() if takes(model, k)}
-    output = model(**batch.inputs, **extra)
+    extra = {k: v for k, v in extra.items() if takes(model, k)}
+    if isinstance(model, PreTrainedModel):  # takes it, by name or among its **kwargs
+        extra["use_cache"] = False
+    output = model(**{**batch.inputs, **extra})
     logits = getattr(output, "logits", None)
     return first_tensor(output) if logits is None else logits
 

@@ -105,9 +105,9 @@ class CalibrationReport:
                 f"logits moved by {self.logits_error:.1e} (relative) through folding alone"
             )
         if self.not_scaled:
-            lines.append(f"rounded without a scale: {', '.join(self.not_scaled)}")
+            lines.append(f"rounded without a scale: {_some(self.not_scaled)}")
         if self.not_quantized:
-            lines.append(f"not quantized: {', '.join(self.not_quantized)}")
+            lines.append(f"not quantized: {_some(self.not_quantized)}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -121,3 +121,9 @@ class CalibrationReport:
         if path is not None:
             figure.savefig(path, dpi=150, bbox_inches="tight")
         return figure
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    """A list for the summary; records and JSON have all of it."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
