@@ -1,0 +1,51 @@
+"""Command line: `python -m mbq_ao demo`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a subcommand; returns the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m mbq_ao", description=sys.modules["mbq_ao"].__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="quantize a vision-language model to 3 bits and compare it with full precision and plain rounding",
+    )
+    demo.add_argument("--model", help="a hub name or local path; default: the small model that comes with this package")
+    demo.add_argument("--samples", type=int, default=16, help="calibration pairs (default: %(default)s)")
+    demo.add_argument("--images", type=int, default=40, help="test images to ask about (default: %(default)s)")
+    demo.add_argument(
+        "--group-size",
+        type=lambda text: None if text == "row" else int(text),
+        default=64,
+        help="input channels that share a scale: 32, 64, 128 or row (default: %(default)s, which divides the demo "
+        "model's width of 576)",
+    )
+    demo.add_argument("--recipe", choices=("best", "paper"), default="best")
+    demo.add_argument("--seed", type=int, default=0, help="draws the calibration pairs (default: %(default)s)")
+    demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results")
+    options = parser.parse_args(arguments)
+
+    from mbq_ao.demo.run import run_demo
+
+    try:
+        run_demo(
+            model_name=options.model,
+            num_samples=options.samples,
+            num_images=options.images,
+            group_size=options.group_size,
+            recipe=options.recipe,
+            seed=options.seed,
+            output=options.output,
+        )
+    except ImportError as error:  # says what to install
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

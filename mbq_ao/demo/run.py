@@ -1,0 +1,200 @@
+"""The main job on real input: load a VLM, calibrate, quantize, compare, save, reload.
+
+The comparison is the same questions for full precision, plain rounding (RTN) and MBQ, asked one by one
+in the model's chat template. Small differences need more images than the default: look at the error
+column before you conclude anything (`--images 1000` asks all 9,673 test questions).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+import mbq_ao
+from mbq_ao.demo.data import calibration_batches, group_by_image, load_easy_vqa
+from mbq_ao.demo.evaluate import Evaluation, answer, evaluate
+from mbq_ao.demo.model import build_demo_vlm
+
+_WEIGHTS = "model.pt"
+
+
+@dataclass
+class Row:
+    """One line of the demo's table."""
+
+    name: str
+    nbytes: int
+    result: Evaluation
+
+
+def run_demo(
+    *,
+    model_name: str | None = None,
+    num_samples: int = 16,
+    num_images: int = 40,
+    group_size: int | None = 64,
+    recipe: Literal["best", "paper"] = "best",
+    seed: int = 0,
+    output: Path = Path("demo_output"),
+) -> list[Row]:
+    """Run the demo and write report.json, report.png, results.json and the quantized model to `output`.
+
+    model_name: hub name or local path of any transformers VLM; None: the small one that comes with the package.
+    Raises ImportError naming what to install if the demo's packages are missing.
+    """
+    began = time.perf_counter()
+    with step("loading the model and easy-VQA"):
+        model, processor = load_vlm(model_name)
+        calibration = calibration_batches(processor, load_easy_vqa("train"), num_samples=num_samples, seed=seed)
+        by_image = group_by_image(load_easy_vqa("test"))[:num_images]
+        questions = [row for rows in by_image for row in rows]
+        shared = model_name is None  # prompts of the demo model are known to begin with the image
+    print(f"{type(model).__name__}, {count_parameters(model) / 1e6:.0f}M parameters, {model.dtype}")
+
+    def measure(name: str, candidate: nn.Module) -> Row:
+        with step(f"asking {len(questions)} questions about {len(by_image)} test images: {name}"):
+            return Row(name, nbytes(candidate), evaluate(candidate, processor, questions, share_prefix=shared))
+
+    example = questions[0]
+    rows = [measure("full precision", model)]
+    answers = {"full precision": answer(model, processor, example.image, example.question)}
+
+    rounded = copy.deepcopy(model)
+    names = decoder_linears(rounded)
+    with step("rounding to 3 bits (RTN)"):
+        mbq_ao.quantize_(rounded, mbq_ao.Int3WeightOnlyConfig(group_size=group_size), lambda m, fqn: fqn in names)
+    rows.append(measure("W3 RTN", rounded))
+    answers["W3 RTN"] = answer(rounded, processor, example.image, example.question)
+    del rounded
+
+    print(f"quantize_(model, mbq_config(calib_data)) with {num_samples} image-question pairs:")
+    config = mbq_ao.mbq_config(calibration, group_size=group_size, recipe=recipe)
+    report = mbq_ao.quantize_(model, config)
+    assert report is not None
+    print(report)
+    rows.append(measure("W3 MBQ", model))
+    answers["W3 MBQ"] = answer(model, processor, example.image, example.question)
+
+    output.mkdir(parents=True, exist_ok=True)
+    with step(f"saving to {output}/, loading again, comparing logits"):
+        check_reload(model, processor, calibration[0], output)
+    report.to_json(output / "report.json")
+    report.plot(output / "report.png")
+    write_results(output / "results.json", rows, report.settings, num_samples, seed)
+
+    print(f"\n{format_table(rows)}\n")
+    print(f"Q: {example.question}   (expected: {example.answer})")
+    for name, text in answers.items():
+        print(f"   {name:<15} {text}")
+    print(f"\nPicture of the calibration: {output / 'report.png'}. Whole demo: {time.perf_counter() - began:.0f} s.")
+    return rows
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """Say what is going on, and how long it took."""
+    print(f"{name} ... ", end="", flush=True)
+    began = time.perf_counter()
+    yield
+    print(f"{time.perf_counter() - began:.0f} s", flush=True)
+
+
+def load_vlm(name: str | None) -> tuple[Any, Any]:
+    """(model, processor): the demo's own, or any that the Auto classes load."""
+    if name is None:
+        return build_demo_vlm()
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    model = AutoModelForImageTextToText.from_pretrained(name, dtype="auto").eval()
+    return model, AutoProcessor.from_pretrained(name)
+
+
+def decoder_linears(model: nn.Module) -> set[str]:
+    """Names of the linears that MBQ quantizes, so that plain rounding gets the same ones."""
+    from mbq_ao.calibration.capture import find_blocks
+
+    return {
+        f"{block}.{name}"
+        for block, module in find_blocks(model).items()
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear)
+    }
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters; tied ones count once."""
+    return sum(
+        p.quantized_nbytes() if isinstance(p, mbq_ao.MBQInt3Tensor) else p.numel() * p.element_size()
+        for p in model.parameters()
+    )
+
+
+@torch.no_grad()
+def check_reload(model: Any, processor: Any, batch: dict[str, Tensor], folder: Path) -> None:
+    """Save config, processor and weights, load them into a new model, and compare logits bit for bit.
+
+    Raises RuntimeError if they differ.
+    """
+    model.config.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / _WEIGHTS)
+    reloaded = type(model)(model.config).to(model.dtype).eval()
+    reloaded.load_state_dict(torch.load(folder / _WEIGHTS, weights_only=True, mmap=True), assign=True)
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if not torch.equal(model(**inputs).logits, reloaded(**inputs).logits):
+        raise RuntimeError(f"the model saved in {folder} and loaded again gives other logits")
+
+
+def format_table(rows: list[Row]) -> str:
+    """Markdown: size, accuracy with standard error, negative log-likelihood."""
+    lines = [
+        "| | size (MB) | accuracy (%) | standard error | answer NLL |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {row.name} | {row.nbytes / 1e6:.0f} | {100 * row.result.accuracy:.1f} | "
+        f"{100 * row.result.standard_error:.1f} | {row.result.answer_nll:.3f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def write_results(path: Path, rows: list[Row], settings: dict[str, Any], num_samples: int, seed: int) -> None:
+    """The table as JSON, with what it takes to reproduce it."""
+    record = {
+        "date": date.today().isoformat(),
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "mbq_ao": mbq_ao.__version__,
+        "settings": settings,
+        "num_calibration_samples": num_samples,
+        "seed": seed,
+        "rows": [
+            {
+                "name": row.name,
+                "nbytes": row.nbytes,
+                "num_questions": row.result.num_questions,
+                "accuracy": row.result.accuracy,
+                "standard_error": row.result.standard_error,
+                "answer_nll": row.result.answer_nll,
+            }
+            for row in rows
+        ],
+    }
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
