@@ -19,15 +19,14 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--images", type=int, default=40, help="test images to ask about (default: %(default)s)")
     demo.add_argument(
         "--group-size",
-        type=lambda text: None if text == "row" else int(text),
-        default=64,
-        help="input channels that share a scale: 32, 64, 128 or row (default: %(default)s, which divides the demo "
-        "model's width of 576)",
+        choices=("32", "64", "128", "row"),
+        help="input channels that share a scale (default: 128; 64 for the demo's own model, whose width of 576 it divides)",
     )
     demo.add_argument("--recipe", choices=("best", "paper"), default="best")
     demo.add_argument("--seed", type=int, default=0, help="draws the calibration pairs (default: %(default)s)")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the results")
     options = parser.parse_args(arguments)
+    size = options.group_size or ("128" if options.model else "64")
 
     from mbq_ao.demo.run import run_demo
 
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
             model_name=options.model,
             num_samples=options.samples,
             num_images=options.images,
-            group_size=options.group_size,
+            group_size=None if size == "row" else int(size),
             recipe=options.recipe,
             seed=options.seed,
             output=options.output,

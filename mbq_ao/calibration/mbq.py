@@ -99,8 +99,9 @@ class Plan:
         """Set every parameter, or none: an exception in between (Ctrl-C too) puts the old ones back."""
         old = [(module, name, module._parameters[name]) for module, name, _ in self.parameters]
         try:
-            for module, name, value in self.parameters:
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            for (module, name, value), (_, _, before) in zip(self.parameters, old, strict=True):
+                trainable = before is not None and before.requires_grad and not hasattr(value, "quantized_nbytes")
+                module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
         except BaseException:
             for module, name, parameter in old:
                 module._parameters[name] = parameter
