@@ -8,6 +8,7 @@ Rounding to the nearest point of the grid is what calibration (mbq_ao.mbq_config
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass
 
 from torch import nn
@@ -48,4 +49,10 @@ def quantize_linear_int3(
         )
     quantized = MBQInt3Tensor.from_hp(weight.detach(), config.group_size)
     module.weight = nn.Parameter(quantized, requires_grad=False)
+    module.extra_repr = types.MethodType(_extra_repr, module)
     return module
+
+
+def _extra_repr(self: nn.Module) -> str:
+    """What `print(model)` says of a quantized layer; the class's own line, and the weight."""
+    return f"{type(self).extra_repr(self)}, weight={self.weight}"

@@ -134,9 +134,10 @@ def _check_linear(
 
 
 def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int) -> None:
-    if group_size < 1 or (group_size % 32 and group_size < k):
+    if group_size < 1 or (group_size < k and group_size not in (32, 64) and group_size % 128):
         raise ValueError(
-            f"group_size must be a multiple of 32, or at least K for one scale a row, got {group_size} for K={k}"
+            "group_size must be 32, 64, a multiple of 128, or at least K for one scale a row, "
+            f"got {group_size} for K={k}"
         )
     if scale.dim() != 2 or scale.shape[1] != -(-k // group_size) or scale.dtype not in _DTYPES:
         raise ValueError(

@@ -1,0 +1,133 @@
+# mypy: disable-error-code="no-untyped-def"
+# (what a jitted function takes and returns has types only to Triton)
+"""From packed words to operand A of a tensor-core dot product, in Triton: no conversion, no shared memory.
+
+Unpacking 32 weights, one 32-bit word of each plane, is 18 LOP3 and 5 shifts in fp16, 18 and 9 in bf16, in inline
+assembly, because Triton handles 16-bit integers one at a time. INTERPRETED spells the same bits in Triton, for its
+interpreter. `operand_of_*` only rename registers: the order of bits in layout.py is the order of mma.m16n8k16.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def unpack_fp16(a, b, c, INTERPRETED: tl.constexpr):
+    """The 16 fields of words a, b, c as fp16 q * 2^(p - 24), in the order of layout.FIELDS.
+
+    p = 0 in pair 0 and slab 0 of pair 3, p = 3 in pair 1 and slab 1 of pair 3, p = 6 in pair 2.
+    """
+    if not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a9, b9, c9, b8, c7, r;
+            shr.u32 a9, $16, 9; shr.u32 b9, $17, 9; shr.u32 c9, $18, 9;
+            shr.u32 b8, $17, 8; shr.u32 c7, $18, 7;
+            and.b32 $0, $16, 0x00070007; and.b32 $1, $17, 0x00070007;
+            and.b32 $2, $18, 0x00070007; and.b32 $3, c9, 0x00070007;
+            and.b32 $4, $16, 0x00380038; and.b32 $5, $17, 0x00380038;
+            and.b32 $6, $18, 0x00380038; and.b32 $7, c9, 0x00380038;
+            and.b32 $8, $16, 0x01c001c0; and.b32 $9, $17, 0x01c001c0;
+            and.b32 $10, $18, 0x01c001c0;
+            and.b32 r, a9, 0x00400040;
+            lop3.b32 r, b8, 0x00800080, r, 0xea;
+            lop3.b32 $11, c7, 0x01000100, r, 0xea;
+            and.b32 $12, a9, 0x00070007; and.b32 $13, b9, 0x00070007;
+            and.b32 $14, a9, 0x00380038; and.b32 $15, b9, 0x00380038;
+            }""",
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [a, b, c],
+            dtype=(tl.float16,) * 16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        a = a.to(tl.uint16, bitcast=True)
+        b = b.to(tl.uint16, bitcast=True)
+        c = c.to(tl.uint16, bitcast=True)
+        r = ((a >> 9) & 0x40) | ((b >> 8) & 0x80) | ((c >> 7) & 0x100)
+        return (
+            (a & 0x7).to(tl.float16, bitcast=True),
+            (b & 0x7).to(tl.float16, bitcast=True),
+            (c & 0x7).to(tl.float16, bitcast=True),
+            ((c >> 9) & 0x7).to(tl.float16, bitcast=True),
+            (a & 0x38).to(tl.float16, bitcast=True),
+            (b & 0x38).to(tl.float16, bitcast=True),
+            (c & 0x38).to(tl.float16, bitcast=True),
+            ((c >> 9) & 0x38).to(tl.float16, bitcast=True),
+            (a & 0x1C0).to(tl.float16, bitcast=True),
+            (b & 0x1C0).to(tl.float16, bitcast=True),
+            (c & 0x1C0).to(tl.float16, bitcast=True),
+            r.to(tl.float16, bitcast=True),
+            ((a >> 9) & 0x7).to(tl.float16, bitcast=True),
+            ((b >> 9) & 0x7).to(tl.float16, bitcast=True),
+            ((a >> 9) & 0x38).to(tl.float16, bitcast=True),
+            ((b >> 9) & 0x38).to(tl.float16, bitcast=True),
+        )
+
+
+@triton.jit
+def unpack_bf16(a, b, c, INTERPRETED: tl.constexpr):
+    """The 16 fields as bf16 128 + q * 2^p: p = 3 in pair 1 and slab 0 of pair 3, p = 0 elsewhere."""
+    if not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            """{
+            .reg .b32 a6, b6, c6, a12, b12, c9, a15, b14, c13, r;
+            shr.u32 a6, $16, 6; shr.u32 b6, $17, 6; shr.u32 c6, $18, 6;
+            shr.u32 a12, $16, 12; shr.u32 b12, $17, 12; shr.u32 c9, $18, 9;
+            shr.u32 a15, $16, 15; shr.u32 b14, $17, 14; shr.u32 c13, $18, 13;
+            lop3.b32 $0, $16, 0x00070007, 0x43004300, 0xea; lop3.b32 $1, $17, 0x00070007, 0x43004300, 0xea;
+            lop3.b32 $2, $18, 0x00070007, 0x43004300, 0xea; lop3.b32 $3, c9, 0x00070007, 0x43004300, 0xea;
+            lop3.b32 $4, $16, 0x00380038, 0x43004300, 0xea; lop3.b32 $5, $17, 0x00380038, 0x43004300, 0xea;
+            lop3.b32 $6, $18, 0x00380038, 0x43004300, 0xea; lop3.b32 $7, c9, 0x00380038, 0x43004300, 0xea;
+            lop3.b32 $8, a6, 0x00070007, 0x43004300, 0xea; lop3.b32 $9, b6, 0x00070007, 0x43004300, 0xea;
+            lop3.b32 $10, c6, 0x00070007, 0x43004300, 0xea;
+            lop3.b32 r, a15, 0x00010001, 0x43004300, 0xea;
+            lop3.b32 r, b14, 0x00020002, r, 0xea;
+            lop3.b32 $11, c13, 0x00040004, r, 0xea;
+            lop3.b32 $12, a6, 0x00380038, 0x43004300, 0xea; lop3.b32 $13, b6, 0x00380038, 0x43004300, 0xea;
+            lop3.b32 $14, a12, 0x00070007, 0x43004300, 0xea; lop3.b32 $15, b12, 0x00070007, 0x43004300, 0xea;
+            }""",
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
+            [a, b, c],
+            dtype=(tl.bfloat16,) * 16,
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        a = a.to(tl.uint16, bitcast=True)
+        b = b.to(tl.uint16, bitcast=True)
+        c = c.to(tl.uint16, bitcast=True)
+        r = ((a >> 15) & 0x1) | ((b >> 14) & 0x2) | ((c >> 13) & 0x4)
+        return (
+            ((a & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+            ((b & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+            ((c & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((c >> 9) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+            ((a & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
+            ((b & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
+            ((c & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((c >> 9) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((a >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((b >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((c >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (r | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((a >> 6) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((b >> 6) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((a >> 12) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+            (((b >> 12) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
+        )
+
+
+@triton.jit
+def operand_of_slab(block0, block1, WARPS: tl.constexpr):
+    """Operand A of one slab, (WARPS, 32 rows, 16 columns), from its two row blocks in (WARPS, lane, half) order."""
+    v = tl.join(block0, block1).reshape(WARPS, 8, 4, 2, 2, 2, 2)  # warp, g, t, hi, up, odd, block
+    return v.permute(0, 6, 4, 1, 3, 2, 5).reshape(WARPS, 32, 16)
+
+
+@triton.jit
+def operand_of_pair(u0, u1, v0, v1, WARPS: tl.constexpr):
+    """Operand A of two slabs, (WARPS, 32, 32)."""
+    both = tl.join(operand_of_slab(u0, u1, WARPS), operand_of_slab(v0, v1, WARPS))
+    return both.permute(0, 1, 3, 2).reshape(WARPS, 32, 32)

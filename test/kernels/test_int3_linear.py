@@ -1,0 +1,165 @@
+"""The Triton kernels against the fp32 reference: by the interpreter on CPU, compiled where there is a GPU.
+
+Tolerance, derived. The reference is fp32. The kernel sums exact products in fp32 and rounds its result once, so it is
+off by half a unit in the last place of the output, plus fp32 sums. Both sum(q x) and zero * sum(x) may be large where
+their difference is not, and bf16 adds 128 to every q: an fp32 sum of K terms of size a is off by at most K * 2^-24 * a,
+and about sqrt(K) of that, so the bound is in terms of sum |x| * scale * (7 or 135). Beyond MAX_ROWS the weight itself
+is rounded to x's dtype first.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from mbq_ao.kernels.int3_linear import (  # noqa: E402
+    MAX_ROWS,
+    int3_dequantize_triton,
+    int3_linear_triton,
+    interpreted,
+)
+from mbq_ao.kernels.layout import pack_int3  # noqa: E402
+from mbq_ao.kernels.reference import dequantize_reference, int3_linear_reference  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}
+
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and not interpreted(), reason="NEEDS A GPU, OR TRITON_INTERPRET=1 BEFORE TRITON IS IMPORTED"
+)
+
+
+def problem(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, outliers: bool = False) -> list:
+    """Arguments of int3_linear with bias, quantized at random (no need for the weight they came from)."""
+    gen = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
+    g = k if group_size is None else group_size
+    groups = -(-k // g)
+    x = torch.randn(m, k, generator=gen)
+    if outliers:  # as language models have them: a few channels, hundreds of times larger, in every row
+        x[:, torch.randperm(k, generator=gen)[: max(1, k // 100)]] *= 300
+    q = torch.randint(0, 8, (n, k), dtype=torch.uint8, generator=gen)
+    scale = torch.rand(n, groups, generator=gen) * 0.02 + 0.001
+    zero_point = torch.randint(0, 8, (n, groups), dtype=torch.uint8, generator=gen)
+    bias = torch.randn(n, generator=gen)
+    tensors = [x.to(dtype), pack_int3(q), scale.to(dtype), zero_point, bias.to(dtype)]
+    return [t.to(DEVICE) for t in tensors] + [g]
+
+
+def assert_matches_reference(y: Tensor, args: list) -> None:
+    x, _, scale, _, _, g = args
+    expected = int3_linear_reference(*args)
+    assert y.shape == expected.shape
+    assert y.dtype == x.dtype
+    k = x.shape[-1]
+    biggest_scale = scale.float().amax()
+    level = 135 if x.dtype == torch.bfloat16 else 14
+    sums = 2.0**-24 * k**0.5 * level * biggest_scale * x.float().abs().sum(-1, keepdim=True)
+    bound = HALF_ULP[x.dtype] * 1.01 * expected.abs() + sums
+    if x.shape[0] > MAX_ROWS:
+        weight = dequantize_reference(*args[1:4], k, g, torch.float32)
+        bound += HALF_ULP[x.dtype] * (x.float().abs() @ weight.abs().t())
+    error = (y.float() - expected).abs()
+    assert (error <= bound).all(), f"worst error is {(error / bound).max():.2f} of the bound"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group_size", [32, 64, 128, None])
+@pytest.mark.parametrize("m", [1, 3, 8, 16, 17])
+def test_linear_over_rows_and_groups(m: int, group_size: int | None, dtype: torch.dtype) -> None:
+    args = problem(m, 40, 576, group_size, dtype)
+    assert_matches_reference(int3_linear_triton(*args), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("group_size", [32, 128, None])
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 3, 3420), (2, 70, 896), (5, 33, 100), (65, 40, 300), (1, 1, 1)])
+def test_linear_over_shapes(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype) -> None:
+    args = problem(m, n, k, group_size, dtype)
+    assert_matches_reference(int3_linear_triton(*args), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_linear_with_outliers(dtype: torch.dtype) -> None:
+    args = problem(4, 64, 1024, 128, dtype, outliers=True)
+    assert_matches_reference(int3_linear_triton(*args), args)
+
+
+@pytest.mark.parametrize("m", [1, MAX_ROWS, MAX_ROWS + 1])
+def test_no_step_between_few_and_many_rows(m: int) -> None:
+    args = problem(m, 32, 256, 128, torch.float16)
+    assert_matches_reference(int3_linear_triton(*args), args)
+
+
+def test_every_output_is_written_and_nothing_else_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_empty, seen = torch.empty, []
+
+    def poisoned(*args, **kwargs) -> Tensor:
+        (shape,) = args
+        whole = real_empty((shape[0] + 2, shape[1]), **kwargs).fill_(float("nan"))
+        seen.append(whole)
+        return whole[1:-1]
+
+    args = problem(3, 45, 200, 64, torch.float16)
+    monkeypatch.setattr(torch, "empty", poisoned)
+    y = int3_linear_triton(*args)
+    monkeypatch.undo()
+    assert_matches_reference(y, args)
+    assert seen[0][0].isnan().all()
+    assert seen[0][-1].isnan().all()
+
+
+def test_memory_beyond_k_and_m_is_not_read() -> None:
+    args = problem(3, 40, 200, 64, torch.float16)
+    x = torch.full((6, 208), float("nan"), dtype=torch.float16, device=DEVICE)
+    x[:3, :200] = args[0]
+    args[0] = x[:3, :200]
+    assert_matches_reference(int3_linear_triton(*args), args)
+
+
+def test_slices_of_packed_data_are_read_in_place() -> None:
+    x, qdata, scale, zero_point, bias, g = problem(2, 96, 512, 64, torch.float16)
+    args = [x[:, 128:384], qdata[1:3, 1:3], scale[32:, 2:6], zero_point[32:, 2:6], bias[32:], g]
+    assert_matches_reference(int3_linear_triton(*args), args)
+
+
+def test_without_bias_and_without_rows() -> None:
+    args = problem(2, 32, 128, 128, torch.float16)
+    args[4] = None
+    assert_matches_reference(int3_linear_triton(*args), args)
+    args[0] = args[0][:0]
+    assert int3_linear_triton(*args).shape == (0, 32)
+
+
+def test_leading_dimensions_and_strides_of_x() -> None:
+    args = problem(6, 32, 256, 128, torch.float16)
+    flat = int3_linear_triton(*args)
+    args[0] = args[0].t().contiguous().t()
+    torch.testing.assert_close(int3_linear_triton(*args), flat, rtol=0, atol=0)
+    args[0] = args[0].contiguous().view(2, 3, 256).expand(2, 3, 256)
+    torch.testing.assert_close(int3_linear_triton(*args), flat.view(2, 3, 32), rtol=0, atol=0)
+
+
+def test_scale_and_bias_of_another_dtype() -> None:
+    args = problem(2, 32, 256, 128, torch.float16)
+    args[2], args[4] = args[2].float(), args[4].float()
+    assert_matches_reference(int3_linear_triton(*args), args)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("group_size", [32, 128, None])
+def test_dequantize_is_the_reference_bit_for_bit(group_size: int | None, dtype: torch.dtype) -> None:
+    _, qdata, scale, zero_point, _, g = problem(1, 40, 300, group_size, dtype)
+    w = int3_dequantize_triton(qdata, scale, zero_point, 300, g, dtype)
+    torch.testing.assert_close(w, dequantize_reference(qdata, scale, zero_point, 300, g, dtype), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("m", [1, 8, 16, 64, 512])
+def test_compiled_kernel_on_a_real_layer(m: int, dtype: torch.dtype) -> None:
+    # Not the least: that tensor cores take fp16 subnormal operands as they are.
+    args = problem(m, 3584, 18944, 128, dtype)
+    if m <= MAX_ROWS:
+        assert_matches_reference(int3_linear_triton(*args), args)
+    torch.testing.assert_close(int3_linear_triton(*args), int3_linear_triton(*args), rtol=0, atol=0)
