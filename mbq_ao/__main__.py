@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument(
         "--group-size",
         choices=("32", "64", "128", "row"),
-        help="input channels that share a scale (default: 128; 64 for the demo's own model, whose width of 576 it divides)",
+        help="input channels that share a scale (default: 128, and 64 for the demo model, which is 576 wide)",
     )
     demo.add_argument("--recipe", choices=("best", "paper"), default="best")
     demo.add_argument("--seed", type=int, default=0, help="draws the calibration pairs (default: %(default)s)")
