@@ -86,7 +86,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight = torch.ops.mbq_ao.int3_dequantize(*ctx.saved_tensors, ctx.k, ctx.group_size, grad.dtype)
         grad_x = grad @ weight
     if ctx.needs_input_grad[4]:
-        grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     return grad_x, None, None, None, grad_bias, None
 
 
