@@ -114,6 +114,14 @@ class MBQInt3Tensor(TorchAOBaseTensor):
         self.transposed = bool(transposed)
 
     @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in cls._ATEN_OP_TABLE[cls]:
+            raise NotImplementedError(f"{func} is not implemented for MBQInt3Tensor; call dequantize() first")
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    @classmethod
     def from_hp(cls, w: Tensor, group_size: int | None = 128, act_pre_scale: Tensor | None = None) -> MBQInt3Tensor:
         """Quantize a (N, K) weight by rounding it to the nearest point of its groups' grids.
 
@@ -122,6 +130,7 @@ class MBQInt3Tensor(TorchAOBaseTensor):
         Raises ValueError for anything else, and if w or act_pre_scale holds a NaN or an infinity.
         """
         g = _checked_group_size(w, group_size)
+        w = w.detach()
         n, k = w.shape
         scale, zero_point = choose_qparams_affine(w, group_size=g)
         if not scale.isfinite().all():  # min and max carry a NaN or infinity of w into the scale
@@ -136,7 +145,7 @@ class MBQInt3Tensor(TorchAOBaseTensor):
     @staticmethod
     def fake_quantize(w: Tensor, group_size: int | None = 128) -> Tensor:
         """`from_hp(w, group_size).dequantize()` bit for bit, without packing. A NaN stays in its group."""
-        return fake_quantize_affine(w, group_size=_checked_group_size(w, group_size))
+        return fake_quantize_affine(w.detach(), group_size=_checked_group_size(w, group_size))
 
     def dequantize(self) -> Tensor:
         """The plain weight in scale's dtype, (N, K), or (K, N) where transposed; without act_pre_scale."""
@@ -209,8 +218,9 @@ def _checked_group_size(w: Tensor, group_size: int | None) -> int:
 
 
 def _linear(x: Tensor, w: MBQInt3Tensor, bias: Tensor | None) -> Tensor:
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     if w.act_pre_scale is not None:
         x = x * w.act_pre_scale.to(x.dtype)
     return torch.ops.mbq_ao.int3_linear(x, w.qdata, w.scale, w.zero_point, bias, w.group_size)
