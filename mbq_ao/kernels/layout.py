@@ -68,20 +68,20 @@ def pack_int3(q: Tensor) -> Tensor:
     n, k = q.shape
     num_row_tiles, num_col_tiles = packed_shape(n, k)[:2]
     pad = (0, num_col_tiles * TILE_K - k, 0, num_row_tiles * TILE_N - n)
-    if any(pad):
-        q = torch.nn.functional.pad(q, pad)
-    # row tile, block, up, g, column tile, pair, t, slab, hi, odd -> pair, slab, block, then a plane's own order
-    fields = q.view(num_row_tiles, 2, 2, 8, num_col_tiles, 4, 4, 2, 2, 2).permute(5, 7, 1, 0, 4, 3, 6, 8, 2, 9)
-    planes = [q.new_zeros(fields.shape[3:], dtype=torch.int16) for _ in range(3)]
+    q = torch.nn.functional.pad(q, pad) if any(pad) else q.contiguous()
+    # Four bytes at a time, the columns (hi, odd): row tile, block, up, g, column tile, pair, t, slab.
+    bytes4 = q.view(torch.int32).view(num_row_tiles, 2, 2, 8, num_col_tiles, 4, 4, 2).permute(5, 7, 1, 0, 4, 3, 6, 2)
+    planes = q.new_zeros((num_row_tiles, num_col_tiles, 3, 8, 4, 2, 2), dtype=torch.int32)  # .., g, t, hi, up
     for pair, slab, block in _PLACES:
         plane, field = FIELDS[pair][slab][block]
-        value = fields[pair, slab, block].to(torch.int16) & 7
-        if field == _R:
-            for bit in range(3):
-                planes[bit] |= (value >> bit) << 15
-        else:
-            planes[plane] |= value << 3 * field
-    return torch.stack(planes, 2).view(num_row_tiles, num_col_tiles, *TILE_SHAPE)
+        for hi in range(2):
+            value = _spread(bytes4[pair, slab, block] >> 16 * hi)
+            if field == _R:
+                for bit in range(3):
+                    planes[:, :, bit, ..., hi, :] |= ((value >> bit) & 0x00010001) << 15
+            else:
+                planes[:, :, plane, ..., hi, :] |= value << 3 * field
+    return planes.view(torch.int16).view(num_row_tiles, num_col_tiles, *TILE_SHAPE)
 
 
 def unpack_int3(qdata: Tensor, n: int, k: int) -> Tensor:
@@ -91,18 +91,23 @@ def unpack_int3(qdata: Tensor, n: int, k: int) -> Tensor:
     """
     check_qdata(qdata, n, k)
     num_row_tiles, num_col_tiles = qdata.shape[:2]
-    words = qdata.view(num_row_tiles, num_col_tiles, 3, 8, 4, 2, 2, 2)  # .., plane, g, t, hi, up, odd
-    q = qdata.new_empty((num_row_tiles, 2, 2, 8, num_col_tiles, 4, 4, 2, 2, 2), dtype=torch.uint8)
-    places = q.permute(5, 7, 1, 0, 4, 3, 6, 8, 2, 9)  # pair, slab, block, then the order of `words`
+    # Four halves at a time, (up, odd): row tile, column tile, plane, g, t, hi.
+    words = _inner_contiguous(qdata).view(torch.int64).view(num_row_tiles, num_col_tiles, 3, 8, 4, 2)
+    # The columns (hi, odd) are four bytes of the result: row tile, block, up, g, column tile, pair, t, slab.
+    q = qdata.new_empty((num_row_tiles, 2, 2, 8, num_col_tiles, 4, 4, 2), dtype=torch.int32)
+    places = q.permute(5, 7, 1, 0, 4, 3, 6, 2)  # pair, slab, block; row tile, column tile, g, t, up
     for pair, slab, block in _PLACES:
-        places[pair, slab, block] = _field(words, *FIELDS[pair][slab][block])
-    return q.view(num_row_tiles * TILE_N, num_col_tiles * TILE_K)[:n, :k]
+        value = _field(words, *FIELDS[pair][slab][block], ones=0x0001000100010001)
+        value = (value | value >> 8) & 0x0000FFFF0000FFFF  # both halves of an `up` beside each other
+        both = value[..., 0] | value[..., 1] << 16
+        places[pair, slab, block] = both.unsqueeze(-1).view(torch.int32)
+    return q.view(torch.uint8).view(num_row_tiles * TILE_N, num_col_tiles * TILE_K)[:n, :k]
 
 
 def unpack_int3_rows(qdata: Tensor, rows: Tensor, k: int) -> Tensor:
     """Rows `rows` (R,) of the unpacked matrix, (R, k) uint8, without unpacking the others."""
     num_row_tiles, num_col_tiles = qdata.shape[:2]
-    words = qdata.view(num_row_tiles, num_col_tiles, 3, 8, 4, 2, 2, 2)
+    words = _inner_contiguous(qdata).view(num_row_tiles, num_col_tiles, 3, 8, 4, 2, 2, 2)  # .., g, t, hi, up, odd
     row = rows % TILE_N
     words = words[rows // TILE_N, :, :, row % 8, :, :, row // 8 % 2, :]  # R, column tile, plane, t, hi, odd
     q = qdata.new_empty((rows.numel(), num_col_tiles, 4, 4, 2, 2, 2), dtype=torch.uint8)  # .., pair, t, slab, hi, odd
@@ -123,9 +128,19 @@ def check_qdata(qdata: Tensor, n: int, k: int) -> None:
         )
 
 
-def _field(words: Tensor, plane: int, field: int) -> Tensor:
-    """One field of every half, as int16; dimension 2 of `words` is the plane."""
+def _field(words: Tensor, plane: int, field: int, ones: int = 1) -> Tensor:
+    """One field of every half; dimension 2 of `words` is the plane. `ones` has the lowest bit of each half set."""
     a, b, c = words.unbind(2)
     if field == _R:
-        return ((a >> 15) & 1) | ((b >> 14) & 2) | ((c >> 13) & 4)
-    return ((a, b, c)[plane] >> 3 * field) & 7
+        return ((a >> 15) & ones) | ((b >> 14) & 2 * ones) | ((c >> 13) & 4 * ones)
+    return ((a, b, c)[plane] >> 3 * field) & 7 * ones
+
+
+def _spread(bytes2: Tensor) -> Tensor:
+    """The low three bits of the two lowest bytes, each in its own half of an int32."""
+    return ((bytes2 & 0x07) | (bytes2 << 8)) & 0x00070007
+
+
+def _inner_contiguous(qdata: Tensor) -> Tensor:
+    """A slice of whole tiles is read in place; anything else is copied."""
+    return qdata if qdata.stride()[2:] == (256, 8, 1) and qdata.storage_offset() % 4 == 0 else qdata.contiguous()
