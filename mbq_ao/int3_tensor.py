@@ -12,18 +12,17 @@ are the same on all three. They work on whole tiles, 32 rows or 128 columns (ker
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
-from torchao.utils import TorchAOBaseTensor, fill_defaults
+from torchao.utils import TorchAOBaseTensor
 
+from mbq_ao import int3_shapes
 from mbq_ao.kernels import ops  # noqa: F401  (registers torch.ops.mbq_ao)
-from mbq_ao.kernels.layout import TILE_K, TILE_N, check_qdata, pack_int3, unpack_int3_rows
+from mbq_ao.kernels.layout import check_qdata, pack_int3, unpack_int3_rows
 from mbq_ao.quant_primitives import (
     choose_qparams_affine,
     dequantize_affine,
@@ -248,7 +247,7 @@ def _mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         )
     if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
         raise NotImplementedError(f"{func}: alpha and beta must be 1 for an MBQInt3Tensor; call dequantize() first")
-    if bias and bias[0].dim() != 1:
+    if bias and bias[0].shape != (w.shape[1],):
         return _linear(x, w, None) + bias[0]
     return _linear(x, w, bias[0] if bias else None)
 
@@ -258,13 +257,10 @@ def _embedding(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     w, index = args[:2]
     if not isinstance(w, MBQInt3Tensor) or w.transposed or w.act_pre_scale is not None:
         raise NotImplementedError(f"{func}: needs a table that is not transposed and has no act_pre_scale")
-    rows, (n, k) = index.reshape(-1), w.shape
-    if rows.numel() and not (int(rows.min()) >= 0 and int(rows.max()) < n):
-        raise IndexError(
-            f"embedding index out of range: the table has {n} rows, got {int(rows.min())}..{int(rows.max())}"
-        )
+    rows, k = index.reshape(-1), w.shape[1]
+    scale, zero_point = w.scale.index_select(0, rows), w.zero_point.index_select(0, rows)  # checks the index, too
     q = unpack_int3_rows(w.qdata, rows, k)
-    out = dequantize_affine(q, w.scale[rows], w.zero_point[rows], group_size=w.group_size, dtype=w.scale.dtype)
+    out = dequantize_affine(q, scale, zero_point, group_size=w.group_size, dtype=w.scale.dtype)
     return out.view(*index.shape, k)
 
 
@@ -313,126 +309,12 @@ def _like(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
     return args[0]._apply_fn_to_data(lambda t: func(t, **kwargs, dtype=dtype if t.is_floating_point() else t.dtype))
 
 
-# --- shapes -----------------------------------------------------------------------------------------------------
-
-
-def _slice(w: MBQInt3Tensor, dim: int, start: int, end: int) -> MBQInt3Tensor:
-    """Rows or columns start..end of the weight, as views of its data. `dim` is of the tensor as it is seen."""
-    size = w.shape[dim]
-    if w.transposed:
-        dim = 1 - dim
-    per_row = dim == 1 and w.group_size >= size
-    g = w.group_size
-    unit = TILE_N if dim == 0 else TILE_K if per_row else math.lcm(TILE_K, g)
-    if start % unit or (end % unit and end != size):
-        raise ValueError(
-            f"a slice of an MBQInt3Tensor must begin and end at a multiple of {unit} {('rows', 'columns')[dim]} or at "
-            f"the end (tiles are {TILE_N} x {TILE_K}, groups {g}), got {start}:{end} of {size}; "
-            "call dequantize() and slice that"
-        )
-    shape = list(w.shape)
-    shape[dim if not w.transposed else 1 - dim] = end - start
-    if dim == 0:
-        rows = slice(start, end)
-        tiles = slice(start // TILE_N, -(-end // TILE_N))
-        return w._replace(qdata=w.qdata[tiles], scale=w.scale[rows], zero_point=w.zero_point[rows], shape=shape)
-    tiles = slice(start // TILE_K, -(-end // TILE_K))
-    groups = slice(0, 1) if per_row else slice(start // g, num_groups(end, g))
-    return w._replace(
-        qdata=w.qdata[:, tiles],
-        scale=w.scale[:, groups],
-        zero_point=w.zero_point[:, groups],
-        act_pre_scale=None if w.act_pre_scale is None else w.act_pre_scale[start:end],
-        block_size=[1, end - start] if per_row else w.block_size,
-        shape=shape,
-    )
-
-
-def _wrapped_dim(dim: int) -> int:
-    if not -2 <= dim <= 1:
-        raise IndexError(f"dimension must be -2..1 for an MBQInt3Tensor, got {dim}")
-    return dim % 2
-
-
-@MBQInt3Tensor.implements(aten.slice.Tensor)
-def _aten_slice(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
-    w, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
-    dim = _wrapped_dim(dim)
-    start, end, _ = slice(start, end).indices(w.shape[dim])
-    if step != 1:
-        raise ValueError(f"a slice of an MBQInt3Tensor must have step 1, got {step}; call dequantize() and slice that")
-    return return_and_correct_aliasing(func, args, kwargs, _slice(w, dim, start, max(start, end)))
-
-
-@MBQInt3Tensor.implements([aten.split.Tensor, aten.split_with_sizes.default])
-def _split(func: Any, types: Any, args: Any, kwargs: Any) -> tuple[MBQInt3Tensor, ...]:
-    w, sizes = args[:2]
-    dim = _wrapped_dim(args[2] if len(args) > 2 else kwargs.get("dim", 0))
-    if isinstance(sizes, int):
-        bounds = [*range(0, w.shape[dim], sizes), w.shape[dim]]
-    else:
-        bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
-    if bounds[-1] != w.shape[dim]:
-        raise ValueError(f"split sizes must sum to {w.shape[dim]}, got {sizes}")
-    return tuple(_slice(w, dim, start, end) for start, end in pairwise(bounds))
-
-
-@MBQInt3Tensor.implements(aten.cat.default)
-def _cat(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
-    parts = args[0]
-    dim = _wrapped_dim(args[1] if len(args) > 1 else kwargs.get("dim", 0))
-    if not all(isinstance(w, MBQInt3Tensor) and not w.transposed for w in parts):
-        raise NotImplementedError(f"{func}: all tensors must be MBQInt3Tensor and none transposed")
-    first = parts[0]
-    n, k = first.shape
-    unit = TILE_N if dim == 0 else math.lcm(TILE_K, first.group_size)
-    if any(w.shape[dim] % unit for w in parts[:-1]) or any(
-        w.shape[1 - dim] != first.shape[1 - dim] or w.block_size != first.block_size or w.dtype != first.dtype
-        for w in parts
-    ):
-        raise ValueError(
-            f"concatenating MBQInt3Tensors along dimension {dim} needs one group size and dtype, equal other "
-            f"dimensions, and every part but the last a multiple of {unit}, got "
-            f"{', '.join(w._quantization_type() for w in parts)}"
-        )
-    scales = [w.act_pre_scale for w in parts]
-    act_pre_scale = scales[0]
-    if any((s is None) != (act_pre_scale is None) for s in scales):
-        raise ValueError("cannot concatenate MBQInt3Tensors with and without act_pre_scale")
-    if act_pre_scale is not None and dim == 1:
-        act_pre_scale = torch.cat(scales)
-    elif act_pre_scale is not None and not all(torch.equal(act_pre_scale, s) for s in scales):
-        raise ValueError("cannot concatenate rows of MBQInt3Tensors whose act_pre_scale differ: they share the input")
-    shape = [n, k]
-    shape[dim] = sum(w.shape[dim] for w in parts)
-    data = {name: torch.cat([getattr(w, name) for w in parts], dim) for name in first.tensor_data_names}
-    return first._replace(**data, shape=shape, act_pre_scale=act_pre_scale)
-
-
-@MBQInt3Tensor.implements([aten.view.default, aten._unsafe_view.default, aten.reshape.default])
-def _view(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
-    w, size = args
-    known = math.prod(s for s in size if s != -1)
-    size = [w.numel() // known if s == -1 else s for s in size]
-    if size != list(w.shape):
-        raise NotImplementedError(f"{func}: an MBQInt3Tensor {tuple(w.shape)} has no view of shape {tuple(size)}")
-    return return_and_correct_aliasing(func, args, kwargs, w._apply_fn_to_data(aten.alias.default))
-
-
-@MBQInt3Tensor.implements([aten.t.default, aten.transpose.int, aten.permute.default])
-def _transpose(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
-    w, *dims = args
-    order = [_wrapped_dim(d) for d in (dims[0] if func is aten.permute.default else dims)]
-    swaps = order == [1, 0] if func is aten.permute.default else not order or order[0] != order[1]
-    out = w._apply_fn_to_data(aten.alias.default)
-    if swaps:
-        out = out._replace(shape=[w.shape[1], w.shape[0]], transposed=not w.transposed)
-    return return_and_correct_aliasing(func, args, kwargs, out)
-
-
 @MBQInt3Tensor.implements_torch_function(torch.Tensor.contiguous)
 def _contiguous(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
     return args[0]._apply_fn_to_data(lambda t: t.contiguous())
 
+
+for _ops, _handler in int3_shapes.HANDLERS:
+    MBQInt3Tensor.implements(_ops)(_handler)
 
 torch.serialization.add_safe_globals([MBQInt3Tensor])

@@ -127,8 +127,9 @@ class TestLinear:
         table.weight = nn.Parameter(MBQInt3Tensor.from_hp(table.weight.detach(), 32), requires_grad=False)
         index = torch.tensor([[0, 49, 17], [31, 32, 0]])
         assert_same(table(index), table.weight.dequantize()[index])
-        with pytest.raises(IndexError, match="50 rows"):
-            table(torch.tensor([50]))
+        for outside in (50, -1):
+            with pytest.raises(IndexError, match="out of range"):
+                table(torch.tensor([outside]))
 
 
 class TestCompile:
@@ -172,6 +173,19 @@ class TestCompile:
         grad, model[0].weight.grad = model[0].weight.grad, None
         model(x).sum().backward()
         torch.testing.assert_close(grad, model[0].weight.grad)
+
+    def test_export_keeps_one_op(self) -> None:
+        layer, x = linear(quantized()).eval(), random_x(3, K)
+        program = torch.export.export(layer, (x,), dynamic_shapes=({0: torch.export.Dim("m", min=2)},))
+        assert_same(program.module()(random_x(7, K)), layer(random_x(7, K)))
+        ops = [node.target for node in program.run_decompositions().graph.nodes if node.op == "call_function"]
+        assert ops == [torch.ops.mbq_ao.int3_linear.default]
+
+    def test_compiled_embedding(self) -> None:
+        table = nn.Embedding(50, 100)
+        table.weight = nn.Parameter(MBQInt3Tensor.from_hp(table.weight.detach(), 32), requires_grad=False)
+        index = torch.tensor([[0, 49, 17], [31, 32, 0]])
+        assert_same(torch.compile(table, fullgraph=True, backend="aot_eager")(index), table(index))
 
     def test_caching_key_tells_weights_apart_by_all_but_values(self) -> None:
         key = quantized()._stable_hash_for_caching()
@@ -240,6 +254,23 @@ class TestConversions:
         assert isinstance(layer.weight, nn.Parameter)
         assert not layer.weight.requires_grad
 
+    def test_shards_are_copied_into_a_whole(self) -> None:
+        w = quantized()
+        whole = torch.empty_like(w)
+        for start in (0, 32, 64):
+            whole.narrow(0, start, 32).copy_(w.narrow(0, start, 32))
+        assert_same_data(whole, w)
+        for start in (0, 128, 256):
+            whole.narrow(1, start, 128).copy_(quantized().narrow(1, start, 128))
+        assert_same_data(whole, w)
+
+    def test_a_parameter_that_asks_for_gradients_gets_none(self) -> None:
+        layer = linear(quantized())
+        layer.weight.requires_grad_()
+        layer(random_x(2, K)).sum().backward()
+        assert layer.weight.grad is None
+        assert layer.bias.grad is not None
+
 
 class TestStateDict:
     def test_save_and_load_with_weights_only(self) -> None:
@@ -294,6 +325,12 @@ class TestShapes:
         assert_same(w[64:].dequantize(), w.dequantize()[64:])
         assert_same(w[:, 256:].dequantize(), w.dequantize()[:, 256:])
         assert_same(w[:, -44:].dequantize(), w.dequantize()[:, 256:])
+
+    def test_empty_slices(self) -> None:
+        for w in (quantized(), quantized(group_size=None), quantized(40, 100, 128)):
+            assert w[:0].dequantize().shape == (0, w.shape[1])
+            assert w[:, :0].dequantize().shape == (w.shape[0], 0)
+            assert_same_data(w[:, :], w)
 
     def test_narrow_split_chunk(self) -> None:
         w, plain = quantized(), quantized().dequantize()

@@ -13,6 +13,7 @@ recompilation to a compiled model, and a model compiles on a machine without a G
 """
 
 import functools
+import importlib.util
 import warnings
 from typing import Any
 
@@ -98,11 +99,12 @@ def _has_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on this device; says so once where a GPU has to do without them."""
     if device.type != "cuda":
         return False
-    try:
-        import triton  # noqa: F401
-
-        reason = "compute capability 8.0 is needed" if torch.cuda.get_device_capability(device) < (8, 0) else ""
-    except ImportError:
+    reason = ""
+    if torch.version.hip is not None:
+        reason = "the kernels are for NVIDIA GPUs"
+    elif torch.cuda.get_device_capability(device) < (8, 0):
+        reason = "compute capability 8.0 is needed"
+    elif importlib.util.find_spec("triton") is None:
         reason = "triton is not installed"
     if reason:
         warnings.warn(
