@@ -39,18 +39,23 @@ FULL = [
     *QUICK,
     *[("linear", LINEAR | {"BF16": bf16, "GROUP": group}) for group in (32, 64, 0) for bf16 in (False, True)],
     *[("linear", LINEAR | {"BF16": bf16, "BLOCK_M": rows}) for rows in (16, 32) for bf16 in (False, True)],
-    ("linear", LINEAR | {"WARPS": 8}),
+    *[("linear", LINEAR | {"BF16": True, "WARPS": warps}) for warps in (8, 16)],
+    ("linear", LINEAR | {"BF16": True, "WARPS": 16, "GROUP": 32}),
     ("dequantize", {"GROUP": 128}),
 ]
 
 
 def compile_kernel(kind: str, constants: dict, arch: int) -> triton.compiler.CompiledKernel:
-    """Compile with every pointer and integer divisible by 16, as they are for the usual layer."""
+    """Compile with every pointer and integer but M divisible by 16, as they are for the usual layer."""
     kernel = getattr(int3_linear, f"_{kind}_kernel")
     float_type = "*bf16" if constants.get("BF16") else "*fp16"
     pointers = {"qdata": "*i16", "zero": "*u8"} | dict.fromkeys(("x", "y", "w", "scale", "bias"), float_type)
     signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t != "constexpr"}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, type_) in enumerate(signature.items())
+        if type_ != "constexpr" and name != "M"
+    }
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": constants.get("WARPS", 4), "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

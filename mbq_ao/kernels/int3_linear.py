@@ -72,7 +72,7 @@ def _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset, mask, BF16: tl.constexp
     return acc + d * (16777216.0 * (c0 + 0.125 * c3 + 0.015625 * c6) - z * s0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # or every batch size that is 1, or a multiple of 16, compiles anew
 def _linear_kernel(
     x, qdata, scale, zero, bias, y, M, N, K, stride_xm, stride_q0, stride_q1, stride_scale, stride_zero,
     GROUP: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr,
@@ -223,8 +223,7 @@ def int3_linear_triton(
     y = torch.empty((num_rows, n), device=x.device, dtype=torch.float32 if interpreted() else x.dtype)
     block_m = 8 if num_rows <= 8 else 16 if num_rows <= 16 else 32
     num_row_tiles = qdata.shape[0]
-    # More warps share a row tile where there are few programs to fill the device.
-    warps = min(8 if num_row_tiles < 512 and block_m == 8 else 4, triton.next_power_of_2(qdata.shape[1]))
+    warps = min(_num_warps(num_row_tiles, block_m), triton.next_power_of_2(qdata.shape[1]))
     with _on_device(x):
         _linear_kernel[(num_row_tiles, triton.cdiv(num_rows, block_m))](
             rows,
@@ -252,6 +251,13 @@ def int3_linear_triton(
             enable_fp_fusion=True,
         )
     return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _num_warps(num_row_tiles: int, block_m: int) -> int:
+    """How many warps share a row tile: more of them where there are few programs to fill a device."""
+    if block_m > 8 or num_row_tiles > 512:
+        return 4
+    return 16 if num_row_tiles <= 128 else 8
 
 
 def int3_dequantize_triton(
