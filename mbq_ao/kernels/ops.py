@@ -43,7 +43,7 @@ def int3_linear(
 
         return int3_linear_triton(x, qdata, scale, zero_point, bias, group_size)
     weight = dequantize_reference(qdata, scale, zero_point, x.shape[-1], group_size, x.dtype)
-    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
 
 
 @int3_linear.register_fake
