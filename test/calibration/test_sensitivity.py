@@ -1,0 +1,146 @@
+"""Modality sensitivity against a naive oracle: transformers' own loss, weight gradients on, backward hooks."""
+
+from typing import Any
+
+import pytest
+import torch
+from models import IMAGE, assert_unchanged, build_batch, build_model, float_inputs, pad_right, snapshot
+from torch import Tensor, nn
+
+from mbq_ao.calibration.batch import collect_batches
+from mbq_ao.calibration.capture import find_blocks, takes
+from mbq_ao.calibration.sensitivity import floor_at_median, modality_sensitivity
+
+COMPARED = ("self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
+
+
+def measured(model: nn.Module, data: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    batches = collect_batches(model, data)
+    blocks = find_blocks(model)
+    inspected = [(block, name) for block in blocks for name in COMPARED]
+    return modality_sensitivity(model, blocks, inspected, batches, answer_masks=[b.answer for b in batches])
+
+
+def naive(model: nn.Module, data: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
+    """|g_vision| / |g_answer| at o_proj and down_proj, one sample at a time, every parameter with a gradient."""
+    grads: dict[str, Tensor] = {}
+    blocks = find_blocks(model)
+    sums: dict[tuple[str, str], list[list[Tensor]]] = {}
+    handles = []
+    for block_name, block in blocks.items():
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            full = f"{block_name}.{name}"
+
+            def keep(module: nn.Module, grad_in: Any, grad_out: Any, full: str = full) -> None:
+                grads[full] = grad_out[0]
+
+            handles.append(block.get_submodule(name).register_full_backward_hook(keep))
+    for batch in data:
+        (model(**batch).loss / len(data)).backward()
+        vision, answer = batch["input_ids"] == IMAGE, batch["labels"] != -100
+        for block_name in blocks:
+            for name in ("self_attn.o_proj", "mlp.down_proj"):
+                g = grads[f"{block_name}.{name}"]
+                pair = sums.setdefault((block_name, name), [[], []])
+                pair[0].append(g[vision].abs().mean())
+                pair[1].append(g[answer].abs().mean())
+    for handle in handles:
+        handle.remove()
+    model.zero_grad()
+    return {key: float(torch.stack(v).mean() / torch.stack(a).mean()) for key, (v, a) in sums.items()}
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_against_the_naive_computation(family: str) -> None:
+    model = build_model(family)
+    data = [build_batch(family, num_text=n, seed=n) for n in (8, 11)]
+    ratios, expected = measured(model, data), naive(model, data)
+    for (block, name), value in expected.items():
+        assert ratios[block, name] == pytest.approx(value, rel=1e-5, abs=1e-9)
+        # The compared module's output has the gradient of its last linear's, where nothing lies between.
+        assert ratios[block, name.partition(".")[0]] == pytest.approx(value, rel=1e-5, abs=1e-9)
+    assert max(expected.values()) > 0
+
+
+def test_samples_of_one_padded_batch_count_as_they_do_alone() -> None:
+    model = build_model("llama")
+    alone = [build_batch("llama", num_text=n, seed=n) for n in (8, 12)]
+    padded = [pad_right(batch, 12) for batch in alone]
+    together = {key: torch.cat([b[key] for b in padded]) for key in padded[0]}
+    for batch in (*alone, together):
+        vision = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        vision[:, 1:4] = True
+        batch["vision_mask"] = vision
+    one_by_one, at_once = measured(model, alone), measured(model, [together])
+    assert at_once == {key: pytest.approx(value, rel=1e-4, abs=1e-9) for key, value in one_by_one.items()}
+
+
+def test_logits_are_computed_only_where_an_answer_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build_model("llava"), [build_batch("llava")]
+    assert takes(model, "logits_to_keep")
+    sizes = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[1]))
+    few = measured(model, data)
+    assert sizes == [3]  # three answer tokens
+    forward = type(model).forward
+
+    def without(self: nn.Module, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
+        return forward(self, input_ids=input_ids, pixel_values=pixel_values, attention_mask=attention_mask)
+
+    monkeypatch.setattr(type(model), "forward", without)
+    everywhere = measured(model, data)
+    handle.remove()
+    assert sizes[1] == data[0]["input_ids"].shape[1]
+    assert everywhere == {key: pytest.approx(value, rel=1e-5, abs=1e-9) for key, value in few.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype: torch.dtype) -> None:
+    data = [build_batch("llava")]
+    exact = measured(build_model("llava"), data)
+    rough = measured(build_model("llava", dtype), [float_inputs(batch, dtype) for batch in data])
+    assert rough == {key: pytest.approx(value, rel=0.2, abs=1e-6) for key, value in exact.items()}
+
+
+def test_nothing_is_left_behind_even_by_an_exception() -> None:
+    model = build_model("llava")
+    model.lm_head.weight.requires_grad_(False)
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    before = snapshot(model)
+    measured(model, [build_batch("llava")])
+    assert_unchanged(model, before)
+    handle = model.lm_head.register_forward_hook(lambda *args: (_ for _ in ()).throw(RuntimeError("stop")))
+    with pytest.raises(RuntimeError, match="stop"):
+        measured(model, [build_batch("llava")])
+    handle.remove()
+    assert_unchanged(model, before)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+
+
+def test_gradients_that_are_not_finite_are_named() -> None:
+    model = build_model("llava")
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * float("nan")
+
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: Broken.apply(output))
+    with pytest.raises(ValueError, match=r"NaN or inf in the gradient at model.language_model.layers.1"):
+        measured(model, [build_batch("llava")])
+    handle.remove()
+
+
+def test_the_floor_is_the_median_over_the_blocks_of_each_module() -> None:
+    raw = {("0", "attn"): 1.0, ("1", "attn"): 0.4, ("2", "attn"): 0.2, ("3", "attn"): 0.0, ("0", "mlp"): 0.1}
+    assert floor_at_median(raw) == {
+        ("0", "attn"): 1.0,
+        ("1", "attn"): 0.4,
+        ("2", "attn"): pytest.approx(0.3),
+        ("3", "attn"): pytest.approx(0.3),
+        ("0", "mlp"): 0.1,
+    }
