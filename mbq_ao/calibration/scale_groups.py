@@ -173,29 +173,34 @@ class BlockProber:
 
     def _find_row_map(self, producer: str, linear: str, num_channels: int) -> RowMap | None:
         num_rows = self._module(producer).out_features
-        num_digits = next(n for n in range(1, 9) if _LEVELS**n >= num_rows)
-        digits = self._read_digits(producer, linear, num_digits)
-        return None if digits is None else _fit_row_map(*digits, num_channels, num_rows)
+        others = num_rows - num_channels
+        # A fused projection is probed in its last part alone: scaling its queries and keys, or its gate, would
+        # change more than the values it feeds. These are the up half of gate_up, and v of qkv with shared heads.
+        for start in dict.fromkeys((0, others, num_rows - others // 2)):
+            if 0 <= start < num_rows and (digits := self._read_digits(producer, linear, start)) is not None:
+                return _fit_row_map(*digits, num_channels, num_rows)
+        return None
 
-    def _read_digits(self, producer: str, linear: str, num_digits: int) -> tuple[Tensor, Tensor] | None:
-        """Read the producer's row of every channel off one probe a digit of the row's number.
+    def _read_digits(self, producer: str, linear: str, start: int) -> tuple[Tensor, Tensor] | None:
+        """Read the producer's row of every channel off one probe a digit of the row's number, from row `start` on.
 
         Returns (row of each channel, whether the channel is alive), or None where a channel is not the
         multiple of one row.
         """
         module = self._module(producer)
-        row = torch.arange(module.out_features, device=module.weight.device)
+        num_digits = next(n for n in range(1, 9) if _LEVELS**n >= module.out_features)
+        row = torch.arange(module.out_features, device=module.weight.device) - start
         before = self._input_of(linear, {})
         power = before.square().sum(0)
         alive = power > 0
         found = torch.zeros_like(power, dtype=torch.long)
         for digit in range(num_digits):
-            factors = 0.5 + (row // _LEVELS**digit % _LEVELS) / _LEVELS
+            factors = torch.where(row < 0, 1.0, 0.5 + (row // _LEVELS**digit % _LEVELS) / _LEVELS)
             changed = {f"{producer}.weight": module.weight * factors[:, None]}
             if module.bias is not None:
                 changed[f"{producer}.bias"] = module.bias * factors
             after = self._input_of(linear, changed)
-            if after.shape != before.shape:
+            if after.shape != before.shape or (digit == 0 and torch.equal(after, before)):
                 return None
             ratio = (after * before).sum(0) / power.clamp(min=torch.finfo(power.dtype).tiny)
             residual = (after - ratio * before).square().sum(0).sqrt() / power.sqrt()
@@ -204,7 +209,7 @@ class BlockProber:
             if not ((residual[alive] < 1e-3).all() and (off[alive] < 0.1).all()):
                 return None
             found += level.round().long() * _LEVELS**digit
-        return (found, alive) if alive.any() else None
+        return (found + start, alive) if alive.any() else None
 
     @torch.no_grad()
     def _preserves_output(self, group: ScaleGroup) -> bool:
