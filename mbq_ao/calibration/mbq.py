@@ -380,8 +380,14 @@ class Seen:
 
 
 def mean_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
-    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches."""
-    selected = [x.flatten(0, -2)[mask.flatten()] for x, mask in zip(inputs, counted, strict=True)]
+    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
+
+    Of another sequence than the text (the image that cross-attention reads) every token counts.
+    """
+    selected = [
+        x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)
+        for x, mask in zip(inputs, counted, strict=True)
+    ]
     total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
     return total / sum(x.shape[0] for x in selected)
 
