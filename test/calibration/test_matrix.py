@@ -1,0 +1,367 @@
+"""quantize_ over model families: groups found, what is quantized, what stays, folds that change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from expecttest import assert_expected_inline
+from models import (
+    CONFIGS,
+    TEXT_ONLY,
+    assert_nothing_left,
+    assert_unchanged,
+    build_batch,
+    build_model,
+    float_inputs,
+    model_inputs,
+    snapshot,
+)
+from torch import nn
+
+from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
+from mbq_ao.calibration.batch import collect_batches
+from mbq_ao.calibration.capture import capture_streams, find_blocks
+from mbq_ao.calibration.fold import ScaleGroup
+from mbq_ao.calibration.scale_groups import BlockProber
+
+BLOCKS = {
+    "smolvlm": "model.text_model.layers",
+    "opt": "model.decoder.layers",
+    **{family: "model.layers" for family in TEXT_ONLY if family != "opt"},
+}
+
+
+def describe(group: ScaleGroup) -> str:
+    row_map = group.row_map
+    rows = f" offset {row_map.offset} width {row_map.width} repeats {row_map.repeats}" if group.fold == "rows" else ""
+    mixes = " mixes tokens" if group.mixes_tokens else ""
+    return f"{group.producer} -> {', '.join(group.linears)} | {group.fold}{rows}{mixes} | at {group.inspect!r}"
+
+
+def groups_of(family: str, **changes: Any) -> dict[str, list[ScaleGroup]]:
+    model = build_model(family, **changes)
+    blocks = find_blocks(model)
+    (stream,) = capture_streams(model, blocks, collect_batches(model, [build_batch(family, 8)]))
+    found = {}
+    for index, (name, block) in enumerate(blocks.items()):
+        found[name] = BlockProber(block, stream.call(index, stream.between(index, stream.hidden))).find_all()
+        stream.hidden = stream.call(index, stream.between(index, stream.hidden)).run(block)
+    return found
+
+
+def describe_family(family: str, **changes: Any) -> str:
+    """The groups of all blocks; blocks with the same groups on one line."""
+    texts: dict[str, list[str]] = {}
+    for name, groups in groups_of(family, **changes).items():
+        texts.setdefault("\n".join(describe(g) for g in groups), []).append(name)
+    return "\n".join(f"{', '.join(names)}\n{text}" for text, names in texts.items())
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:no vision token found")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_quantize(family: str) -> None:
+    model = build_model(family)
+    batches = [build_batch(family, 9), build_batch(family, 12, seed=2)]
+    before = snapshot(model)
+    blocks = find_blocks(model)
+    assert {name.rpartition(".")[0] for name in blocks} == {BLOCKS.get(family, "model.language_model.layers")}
+    with torch.no_grad():
+        reference = model(**model_inputs(batches[0])).logits
+
+    report = quantize_(model, mbq_config(batches, group_size=32, n_grid=3), progress=False)
+
+    assert report is not None and report.groups
+    linears = {
+        f"{block}.{name}"
+        for block, module in blocks.items()
+        for name, m in module.named_modules()
+        if isinstance(m, nn.Linear)
+    }
+    assert report.num_linears == len(linears)
+    assert report.not_scaled == [] and report.not_quantized == []
+    for name in linears:
+        weight = model.get_submodule(name).weight
+        assert isinstance(weight, MBQInt3Tensor) and weight.block_size == [1, 32], name
+    # Folding alone changes nothing, so the scales are in the right places.
+    assert report.logits_error < 1e-5
+    # Every parameter that neither is quantized nor takes a fold is the same object with the same bits.
+    folded = {f"{g.block}.{g.producer}" for g in report.groups if g.producer}
+    changed = linears | folded
+    after = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, (value, copy) in before.items():
+        if name.rpartition(".")[0] not in changed:
+            assert after[name] is value and torch.equal(value, copy), name
+    assert_nothing_left(model)
+    with torch.no_grad():
+        logits = model(**model_inputs(batches[0])).logits
+    assert logits.isfinite().all()
+    error = ((logits - reference).norm() / reference.norm()).item()
+    assert 1e-3 < error < 0.9  # 3 bits on random weights: far from exact, and far from unrelated
+    if family not in (*TEXT_ONLY, "mllama"):
+        assert all(g.sensitivity is not None and g.sensitivity > 0 for g in report.groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_quantize_half_precision(dtype: torch.dtype) -> None:
+    model = build_model("qwen3_vl", dtype)
+    batches = [float_inputs(build_batch("qwen3_vl", n, seed=n), dtype) for n in (9, 12)]
+    report = quantize_(model, mbq_config(batches, group_size=32, n_grid=3), progress=False)
+    assert report is not None and 0 < report.logits_error < 0.1
+    assert {p.dtype for p in model.parameters()} == {dtype}
+    with torch.no_grad():
+        assert model(**model_inputs(batches[0])).logits.isfinite().all()
+
+
+def test_a_wrong_fold_is_caught_by_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check of the whole model, with the check of the block switched off and one producer exchanged."""
+    find_all = BlockProber.find_all
+
+    def exchanged(self: BlockProber) -> list[ScaleGroup]:
+        groups = find_all(self)
+        assert groups[2].producer == "post_attention_layernorm"
+        return [*groups[:2], replace(groups[2], producer="input_layernorm"), groups[3]]
+
+    monkeypatch.setattr(BlockProber, "find_all", exchanged)
+    model = build_model("llava")
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="folding the scales changes the logits by"):
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=3), progress=False)
+    assert_unchanged(model, before)
+
+
+def test_groups_llava() -> None:
+    assert_expected_inline(
+        describe_family("llava"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_llava_onevision() -> None:
+    assert_expected_inline(
+        describe_family("llava_onevision"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_qwen2_vl() -> None:
+    assert_expected_inline(
+        describe_family("qwen2_vl"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_qwen2_5_vl() -> None:
+    assert_expected_inline(
+        describe_family("qwen2_5_vl"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_qwen3_vl() -> None:
+    assert_expected_inline(
+        describe_family("qwen3_vl"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_internvl() -> None:
+    assert_expected_inline(
+        describe_family("internvl"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_gemma3() -> None:
+    assert_expected_inline(
+        describe_family("gemma3"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | one_plus_weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+pre_feedforward_layernorm -> mlp.gate_proj, mlp.up_proj | one_plus_weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_smolvlm() -> None:
+    assert_expected_inline(
+        describe_family("smolvlm"),
+        """\
+model.text_model.layers.0, model.text_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_mistral3() -> None:
+    assert_expected_inline(
+        describe_family("mistral3"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_paligemma() -> None:
+    assert_expected_inline(
+        describe_family("paligemma"),
+        """\
+model.language_model.layers.0, model.language_model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | one_plus_weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | one_plus_weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_mllama() -> None:
+    assert_expected_inline(
+        describe_family("mllama"),
+        """\
+model.language_model.layers.0, model.language_model.layers.2
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'
+model.language_model.layers.1
+input_layernorm -> cross_attn.q_proj | weight | at 'cross_attn'
+None -> cross_attn.k_proj, cross_attn.v_proj | None | at 'cross_attn'
+cross_attn.v_proj -> cross_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'cross_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_llama() -> None:
+    assert_expected_inline(
+        describe_family("llama"),
+        """\
+model.layers.0, model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_llama_mha() -> None:
+    assert_expected_inline(
+        describe_family("llama_mha"),
+        """\
+model.layers.0, model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 1 repeats 1 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_opt() -> None:
+    assert_expected_inline(
+        describe_family("opt"),
+        """\
+model.decoder.layers.0, model.decoder.layers.1
+self_attn_layer_norm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.out_proj | rows offset 0 width 1 repeats 1 mixes tokens | at 'self_attn.out_proj'
+final_layer_norm -> fc1 | weight | at 'fc1'
+fc1 -> fc2 | rows offset 0 width 1 repeats 1 | at 'fc2'""",
+    )
+
+
+def test_groups_phi3() -> None:
+    assert_expected_inline(
+        describe_family("phi3"),
+        """\
+model.layers.0, model.layers.1
+input_layernorm -> self_attn.qkv_proj | weight | at 'self_attn'
+self_attn.qkv_proj -> self_attn.o_proj | rows offset 96 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_up_proj | weight | at 'mlp'
+mlp.gate_up_proj -> mlp.down_proj | rows offset 128 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_cohere() -> None:
+    assert_expected_inline(
+        describe_family("cohere"),
+        """\
+model.layers.0, model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, mlp.gate_proj, mlp.up_proj | weight | at ''
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_olmo2() -> None:
+    assert_expected_inline(
+        describe_family("olmo2"),
+        """\
+model.layers.0, model.layers.1
+None -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | None | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+None -> mlp.gate_proj, mlp.up_proj | None | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_qwen3() -> None:
+    assert_expected_inline(
+        describe_family("qwen3"),
+        """\
+model.layers.0, model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
+    )
+
+
+def test_groups_starcoder2() -> None:
+    assert_expected_inline(
+        describe_family("starcoder2"),
+        """\
+model.layers.0, model.layers.1
+input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
+self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
+post_attention_layernorm -> mlp.c_fc | weight | at 'mlp'
+None -> mlp.c_proj | None | at 'mlp.c_proj'""",
+    )
