@@ -184,7 +184,7 @@ def is_trained_directly(name: str) -> bool:
 def build_demo_vlm(
     dtype: torch.dtype = torch.float32, weights: Path | str = WEIGHTS
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The trained demo VLM in eval mode without gradients, and its processor (about five seconds, offline).
+    """The trained demo VLM in eval mode without gradients, and its processor (about ten seconds, offline).
 
     weights: a file written by train.py; the default is the one shipped with the package.
     Raises ImportError naming what to install if a demo package is missing.

@@ -1,14 +1,20 @@
-"""How demo_vlm.safetensors was made: `python -m mbq_ao.demo.train --minutes 75 --out FILE --seed 0`.
+"""How demo_vlm.safetensors was made: `python -m mbq_ao.demo.train --minutes 65 --out FILE --seed 0`.
 
 1. Vision (VISION_STEPS steps of 64 images).  Tower and projector learn to spell an image in the language model's own
    words: on patches of the shape the projected token must be the embedding of the shape's color (even columns) or of
    its kind (odd columns), elsewhere that of "background".  Labels are read off the training questions.  No language
    model is run.
-2. Jointly (the rest of the time, 4 images a step with all their questions, see packing.py).  Tower, projector and a
+2. Jointly (`--minutes`, 4 images a step with all their questions, see packing.py).  Tower, projector and a
    low-rank update on every decoder linear learn the replies in the chat template; cosine decay to 2%.
 
 Stage 1 gives the language model tokens it can read from the first joint step on.  A tower pretrained as a classifier
-behind a random projector left it at 67%, what the questions alone give away, for its first 15 minutes.
+behind a random projector left it at 67%, what the questions alone give away, for its first 13 minutes.
+
+The shipped file: two shared CPU cores (AVX2), seed 0; 600 vision steps in 12 minutes, then 503 joint steps (half an
+epoch, 480,000 tokens at about 140 a second, 200 where nothing else ran) in 55 minutes.  The joint stage was stopped
+once and resumed from the bf16 file of step 75 with a fresh optimizer, the image order of seed 1 and a new 48-minute
+decay, so a rerun of the command does not give this very file.  On all 9,673 test questions, one a prompt: accuracy
+99.05% (s.e. 0.17), answer NLL 0.034 nats a reply; 92 mistakes about 43 of the 1,000 images.
 """
 
 import argparse
@@ -219,7 +225,7 @@ def train_jointly(
         nn.utils.clip_grad_norm_(factors + tower, 1.0)
         optimizer.step()
         step += 1
-        losses.append(float(loss))
+        losses.append(loss.item())
         hits += hit[batch.labels[batch.labels != IGNORE] != processor.tokenizer.eos_token_id].tolist()
         tokens += batch.ids.numel()
         if step % 10 == 0:
