@@ -60,7 +60,6 @@ def _plot_sensitivity(axes: Axes, series: dict[str, list[tuple[int, GroupReport]
         drawn.add(key)
         axes.plot(xs, raws, color=color, lw=1.8, marker="o", ms=3.5, label=f"at the output of {label}")
         axes.plot(xs, ys, color=color, lw=1, ls=":", alpha=0.9)
-    axes.axhline(1.0, color="black", lw=0.8, alpha=0.4)
     axes.set(xlabel="decoder layer", ylabel="vision / answer sensitivity r", ylim=(0, None))
     axes.set_title("How much a vision token's error matters (answer token = 1)", fontsize=10, loc="left")
     if drawn:

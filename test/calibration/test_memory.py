@@ -1,0 +1,101 @@
+"""What calibration holds beyond the model: peak bytes of live tensors, counted storage by storage."""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+import torch
+from models import build_batch, build_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mbq_ao import mbq_config, quantize_
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak number of bytes in storages that were made inside the block and are still referenced.
+
+    given: tensors that were there before; views of them do not count.
+    """
+
+    def __init__(self, given: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if type(leaf) in (torch.Tensor, nn.Parameter) and leaf.device.type == "cpu":
+                self.count(leaf.untyped_storage())
+        return result
+
+    def count(self, storage: torch.UntypedStorage) -> None:
+        # Python's storage objects come and go; the C++ storage is told by its address while it is alive.
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self.forget, key, size)
+
+    def forget(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def test_the_counter_counts() -> None:
+    with LiveBytes() as live:
+        a = torch.zeros(1000)
+        b = a.view(10, 100) + 1
+        del a
+        c = b * 2
+        del b, c
+        torch.zeros(10)
+    assert live.peak == 8000
+    assert live.now == 0
+
+
+def peak(num_layers: int, num_batches: int) -> int:
+    model = build_model("llava", num_hidden_layers=num_layers)
+    data = [build_batch("llava", num_text=40, seed=i) for i in range(num_batches)]
+    inputs = [value for batch in data for value in batch.values()]
+    with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
+        quantize_(model, mbq_config(data, group_size=64, n_grid=3), progress=False)
+    return live.peak
+
+
+@pytest.fixture(scope="module")
+def sizes() -> dict[str, int]:
+    """Bytes of the parts that the docstring of calibration/mbq.py names, for the model of this test."""
+    block = build_model("llava", num_hidden_layers=1).get_decoder().layers[0]
+    linears = [m for m in block.modules() if isinstance(m, nn.Linear)]
+    num_weights = sum(m.weight.numel() for m in linears)
+    tokens = build_batch("llava", num_text=40)["input_ids"].numel()
+    return {
+        "block": 4 * sum(p.numel() for p in block.parameters()),
+        # tiles of 32 x 128 pad the 64-wide weights of this small model to twice their size
+        "packed": int(2 * num_weights * 3 / 8 + 5 * num_weights / 64),
+        "hidden": 4 * tokens * 64,
+        "batch": tokens,
+    }
+
+
+def test_a_layer_more_costs_its_packed_weights_and_one_hidden_state(sizes: dict[str, int]) -> None:
+    """Not an unpacked copy of the layer, nor activations of all batches."""
+    grown = (peak(num_layers=7, num_batches=3) - peak(num_layers=3, num_batches=3)) / 4
+    # Folded norms and the arguments of a block's call are small change beside these two.
+    assert grown <= 1.5 * (sizes["packed"] + sizes["hidden"])
+    assert grown < sizes["block"] / 2
+
+
+def test_a_batch_more_costs_its_hidden_states_and_one_group(sizes: dict[str, int]) -> None:
+    grown = (peak(num_layers=3, num_batches=13) - peak(num_layers=3, num_batches=3)) / 10
+    # The stream, and of one group: input, target, what the joined copy for the search holds of both, and the widest
+    # (128) activations of a forward over them; the batch's own inputs (pixels) and logits.
+    assert grown <= 8 * sizes["hidden"]
+    assert peak(num_layers=7, num_batches=13) - peak(num_layers=7, num_batches=3) <= 1.1 * 10 * grown
