@@ -101,9 +101,7 @@ class BlockProber:
 
         A producer that the group names is the only candidate. Raises ValueError if it cannot take 1 / s.
         """
-        for name in group.linears:
-            if name not in self.trace.reads:
-                raise ValueError(f"scale group names {name!r}, which is not a linear that this block runs: {group}")
+        self._check_names(group)
         inspect = self._inspected(group) if group.inspect is None else group.inspect
         group = replace(group, inspect=inspect)
         candidates = self.trace.before(group.linears[0]) if group.producer is None else [group.producer]
@@ -117,6 +115,17 @@ class BlockProber:
                 "name another producer, or producer=None to let it be found"
             )
         return group
+
+    def _check_names(self, group: ScaleGroup) -> None:
+        for name in group.linears:
+            if name not in self.trace.reads or not is_linear(self._module(name)):
+                raise ValueError(f"scale group names {name!r}, which is not a linear that this block runs: {group}")
+            if group.inspect and not f"{name}.".startswith(f"{group.inspect}."):
+                raise ValueError(f"inspect of a scale group must be a module that contains {name!r}: {group}")
+        if group.producer is not None and group.producer not in self.trace.reads:
+            raise ValueError(f"producer {group.producer!r} is not a norm or linear that this block runs: {group}")
+        if len({self._module(name).in_features for name in group.linears}) > 1:
+            raise ValueError(f"the linears of a scale group must read the same input, got different widths: {group}")
 
     def _inspected(self, group: ScaleGroup) -> str:
         """A single linear is compared itself if its input comes from a linear; else the module around the group."""
