@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, activation_scales, folded_parameters
 
-
 IDENTITY = RowMap()
 
 
