@@ -33,7 +33,7 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "demo": demo + ["matplotlib"],
+        "demo": [*demo, "matplotlib"],
         "eval": evaluation,
         "docs": docs,
         "dev": dev,

@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     demo.add_argument("--model", help="a hub name or local path; default: the small model that comes with this package")
     demo.add_argument("--samples", type=int, default=16, help="calibration pairs (default: %(default)s)")
-    demo.add_argument("--images", type=int, default=40, help="test images to ask about (default: %(default)s)")
+    demo.add_argument("--images", type=int, default=80, help="test images to ask about (default: %(default)s)")
     demo.add_argument(
         "--group-size",
         choices=("32", "64", "128", "row"),

@@ -43,8 +43,8 @@ report = quantize_(model, mbq_config(calib_data, group_size=64), progress=False)
 print(report.summary())
 
 # %% [markdown]
-# The report holds one record a scale group. `sensitivity` is r: how much an error on a vision token moves the loss, where
-# an answer token counts 1. It falls from layer to layer, because later layers read less and less from the image.
+# The report holds one record a scale group. `sensitivity` is r: how much an error on a vision token moves the loss,
+# where an answer token counts 1. It falls from layer to layer: what is left of the image matters less and less.
 
 # %%
 for record in report.records()[:4]:
@@ -54,8 +54,8 @@ report.plot("report.png")
 # %% [markdown]
 # ## What a weight is now
 #
-# An `MBQInt3Tensor`: packed 3-bit integers with a scale and a zero point for every group. It is a tensor subclass, so the
-# module around it is the same `nn.Linear` as before.
+# An `MBQInt3Tensor`: packed 3-bit integers with a scale and a zero point for every group. It is a tensor subclass, so
+# the module around it is the same `nn.Linear` as before.
 
 # %%
 linear = model.get_decoder().layers[0].self_attn.q_proj

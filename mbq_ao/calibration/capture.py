@@ -76,8 +76,8 @@ class ModuleCall:
     @classmethod
     def record(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModuleCall:
         # A key-value cache would grow, and be read, at every replay.
-        args, kwargs = (tree_map_only(Cache, lambda cache: None, tree) for tree in (tuple(args), dict(kwargs)))
-        return cls(args, kwargs, 0 if args else "hidden_states")
+        plain_args, plain_kwargs = tree_map_only(Cache, lambda cache: None, (tuple(args), dict(kwargs)))
+        return cls(plain_args, plain_kwargs, 0 if args else "hidden_states")
 
     @property
     def hidden(self) -> Tensor:

@@ -42,7 +42,7 @@ def run_demo(
     *,
     model_name: str | None = None,
     num_samples: int = 16,
-    num_images: int = 40,
+    num_images: int = 80,
     group_size: int | None = 64,
     recipe: Literal["best", "paper"] = "best",
     seed: int = 0,
@@ -64,7 +64,8 @@ def run_demo(
 
     def measure(name: str, candidate: nn.Module) -> Row:
         with step(f"asking {len(questions)} questions about {len(by_image)} test images: {name}"):
-            return Row(name, nbytes(candidate), evaluate(candidate, processor, questions, share_prefix=shared))
+            result = evaluate(unpacked_once(candidate), processor, questions, share_prefix=shared)
+        return Row(name, nbytes(candidate), result)
 
     example = questions[0]
     rows = [measure("full precision", model)]
@@ -130,6 +131,22 @@ def decoder_linears(model: nn.Module) -> set[str]:
         for name, child in module.named_modules()
         if isinstance(child, nn.Linear)
     }
+
+
+def unpacked_once(model: nn.Module) -> nn.Module:
+    """A copy that computes the same on a CPU, three times faster over many small batches.
+
+    There the kernel unpacks a weight at every call and hands it to F.linear; here it is unpacked beforehand.
+    Weights with an act_pre_scale stay packed, as moving the factor would change the rounding.
+    """
+    if next(model.parameters()).device.type != "cpu":
+        return model
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, mbq_ao.MBQInt3Tensor) and weight.act_pre_scale is None:
+            module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+    return model
 
 
 def count_parameters(model: nn.Module) -> int:
