@@ -95,14 +95,14 @@ class CausalMean(nn.Module):
 
 
 class Conv(nn.Module):
-    """Wants (B, T, C)."""
+    """Mixes tokens, and wants (B, T, C)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.conv = nn.Linear(C, C, bias=False), nn.Conv1d(C, C, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        b, t, c = x.shape
+        assert x.ndim == 3
         return self.conv(self.linear(x).mT).mT
 
 
