@@ -135,13 +135,18 @@ def _as_chunks(module: nn.Module, examples: list[Example]) -> list[Example]:
     weight = torch.cat([e.weight.flatten()[_selected(e)] for e in examples])
     call = examples[0].call
     return [
-        Example(call.with_hidden(h), t, w)
+        Example(call.with_hidden(_like(call.hidden, h)), t, w)
         for h, t, w in zip(*(x.split(_CHUNK_TOKENS) for x in (hidden, target, weight)), strict=True)
     ]
 
 
 def _selected(example: Example) -> Tensor:
     return example.weight.flatten() != 0
+
+
+def _like(hidden: Tensor, tokens: Tensor) -> Tensor:
+    """(n, C) -> (1, n, C), or as many leading ones as `hidden` has dimensions: modules unpack the shape."""
+    return tokens.reshape(*(1,) * (hidden.ndim - 2), *tokens.shape)
 
 
 def _is_tokenwise(module: nn.Module, example: Example) -> bool:
@@ -153,9 +158,9 @@ def _is_tokenwise(module: nn.Module, example: Example) -> bool:
     tokens = call.hidden.flatten(0, -2)
     some = torch.arange(0, tokens.shape[0], 2, device=tokens.device)
     try:
-        alone = call.with_hidden(tokens[some]).run(module)
+        alone = call.with_hidden(_like(call.hidden, tokens[some])).run(module).flatten(0, -2)
         together = call.run(module).flatten(0, -2)[some]
-    except (RuntimeError, ValueError, IndexError):  # the module wants (B, T, C)
+    except (RuntimeError, ValueError, IndexError):  # the module wants this very (B, T, C)
         return False
     if alone.shape != together.shape:
         return False

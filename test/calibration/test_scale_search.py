@@ -82,6 +82,14 @@ class Mlp(nn.Module):
         return self.out(self.linear(x).relu())
 
 
+class Unpacking(Mlp):
+    """Treats every token alone, but wants three dimensions (mixtures of experts)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.ndim == 3
+        return super().forward(x)
+
+
 class CausalMean(nn.Module):
     """Mixes tokens, though it is given one tensor only: a recurrent or linear-attention layer."""
 
@@ -95,7 +103,7 @@ class CausalMean(nn.Module):
 
 
 class Conv(nn.Module):
-    """Mixes tokens, and wants (B, T, C)."""
+    """Mixes tokens, and wants three dimensions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,7 +167,7 @@ def statistic() -> Tensor:
 
 @pytest.mark.parametrize("ratio", [None, 0.3])
 @pytest.mark.parametrize("loss", ["mae", "mse"])
-@pytest.mark.parametrize("kind", [Mlp, CausalMean, Conv, Masked, lambda: nn.Linear(C, 8)])
+@pytest.mark.parametrize("kind", [Mlp, Unpacking, CausalMean, Conv, Masked, lambda: nn.Linear(C, 8)])
 def test_losses_against_brute_force(
     kind: Callable[[], nn.Module], loss: scale_search.Loss, ratio: float | None, statistic: Tensor
 ) -> None:
@@ -178,7 +186,8 @@ def test_losses_against_brute_force(
 
 
 @pytest.mark.parametrize(
-    ("kind", "tokenwise"), [(Mlp, True), (lambda: nn.Linear(C, 8), True), (CausalMean, False), (Conv, False)]
+    ("kind", "tokenwise"),
+    [(Mlp, True), (Unpacking, True), (lambda: nn.Linear(C, 8), True), (CausalMean, False), (Conv, False)],
 )
 def test_whether_a_module_treats_every_token_alone(kind: Callable[[], nn.Module], tokenwise: bool) -> None:
     torch.manual_seed(0)
@@ -187,7 +196,7 @@ def test_whether_a_module_treats_every_token_alone(kind: Callable[[], nn.Module]
     chunks = scale_search._as_chunks(module, examples)
     assert (chunks is not examples) == tokenwise
     if tokenwise:  # one chunk, without the tokens of weight 0
-        assert [c.call.hidden.shape for c in chunks] == [(9, C)]
+        assert [c.call.hidden.shape for c in chunks] == [(1, 9, C)]
         assert all((c.weight > 0).all() for c in chunks)
 
 
@@ -201,7 +210,7 @@ def test_the_size_of_a_chunk_does_not_matter(chunk: int, statistic: Tensor, monk
         whole = search_scale(module, examples, statistic, candidate, loss="mae", n_grid=6)
     monkeypatch.setattr(scale_search, "_CHUNK_TOKENS", chunk)
     chunks = scale_search._as_chunks(module, examples)
-    assert [c.call.hidden.shape[0] for c in chunks] == [chunk] * (9 // chunk) + [9 % chunk] * (9 % chunk > 0)
+    assert [c.call.hidden.shape[1] for c in chunks] == [chunk] * (9 // chunk) + [9 % chunk] * (9 % chunk > 0)
     found = search_scale(module, examples, statistic, candidate, loss="mae", n_grid=6)
     assert found.losses == pytest.approx(whole.losses, rel=1e-5) and found.index == whole.index
 
