@@ -7,7 +7,7 @@ The tree, and which way imports go (each line imports only from lines above it):
 
     kernels/               shapes and bits: packed layout, fp32 reference, Triton kernels, the custom op
     quant_primitives.py    choose_qparams, quantize, dequantize: pure torch
-    int3_tensor.py         MBQInt3Tensor, the weight that serves
+    int3_tensor.py         MBQInt3Tensor, the weight that serves; int3_shapes.py: its slices, splits and views
     config.py              torchao configs: how a linear gets such a weight by plain rounding
     calibration/           MBQ itself; never imported at serve time. Start reading at calibration/mbq.py
     quantize.py            mbq_config and quantize_, the front door
