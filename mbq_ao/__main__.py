@@ -1,6 +1,7 @@
 """Command line: `python -m mbq_ao demo`."""
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     size = options.group_size or ("128" if options.model else "64")
 
+    # transformers imports more of torchao, whose deprecation remarks would open the demo's output.
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     from mbq_ao.demo.run import run_demo
 
     try:
