@@ -19,13 +19,14 @@ from models import (
     model_inputs,
     snapshot,
 )
-from torch import nn
+from torch import Tensor, nn
 
 from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
 from mbq_ao.calibration.batch import collect_batches
 from mbq_ao.calibration.capture import capture_streams, find_blocks
 from mbq_ao.calibration.fold import ScaleGroup
 from mbq_ao.calibration.scale_groups import BlockProber
+from mbq_ao.quantize import Int3WeightQuantizer
 
 BLOCKS = {
     "smolvlm": "model.text_model.layers",
@@ -132,6 +133,55 @@ def test_a_wrong_fold_is_caught_by_the_logits(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match="folding the scales changes the logits by"):
         quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=3), progress=False)
     assert_unchanged(model, before)
+
+
+def quantize_losslessly(
+    model: nn.Module, family: str, monkeypatch: pytest.MonkeyPatch, filter_fn: Any = None, **options: Any
+) -> float:
+    """Search and fold as ever, but put unrounded weights into the model. Returns the logits' relative change."""
+
+    def keep(self: Int3WeightQuantizer, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
+        return weight if act_pre_scale is None else weight * act_pre_scale
+
+    batches = [build_batch(family, 9), build_batch(family, 12, seed=2)]
+    with torch.no_grad():
+        before = model(**model_inputs(batches[0])).logits
+    monkeypatch.setattr(Int3WeightQuantizer, "quantize", keep)
+    report = quantize_(model, mbq_config(batches, group_size=32, n_grid=4, **options), filter_fn, progress=False)
+    assert report is not None and any(g.alpha > 0 for g in report.groups)
+    with torch.no_grad():
+        after = model(**model_inputs(batches[0])).logits
+    return ((after - before).norm() / before.norm()).item()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_only_rounding_changes_the_function(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quantize_losslessly(build_model(family), family, monkeypatch) < 1e-5
+
+
+def ends_with(names: str) -> Any:
+    return lambda module, fqn: fqn.rpartition(".")[2] in names.split()
+
+
+@pytest.mark.parametrize("recipe", ["best", "paper"])
+@pytest.mark.parametrize("family", ["llava", "phi3", "cohere"])
+@pytest.mark.parametrize("names", ["q_proj qkv_proj", "v_proj down_proj", "k_proj gate_proj gate_up_proj"])
+def test_linears_that_are_left_out(family: str, names: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may share a group with, or be the producer of, linears that are quantized."""
+    error = quantize_losslessly(build_model(family), family, monkeypatch, ends_with(names), recipe=recipe)
+    assert error < 1e-5
+
+
+def test_both_filters_choose_what_is_quantized() -> None:
+    model = build_model("llava")
+    chosen = ends_with("q_proj o_proj down_proj")
+    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2, filter_fn=chosen)
+    report = quantize_(model, config, lambda module, fqn: "layers.1" in fqn, progress=False)
+    quantized = [n for n, p in model.named_parameters() if isinstance(p, MBQInt3Tensor)]
+    layer = "model.language_model.layers.1"
+    assert quantized == [f"{layer}.{name}.weight" for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")]
+    assert report is not None and report.num_linears == 3 and len(report.not_quantized) == 11
+    assert {g.block for g in report.groups} == {layer}
 
 
 def test_groups_llava() -> None:
