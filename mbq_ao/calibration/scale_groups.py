@@ -67,6 +67,11 @@ class BlockProber:
         self.block = copy.deepcopy(block).float().requires_grad_(False).eval()
         self.call = call.map_tensors(lambda t: t.float() if t.is_floating_point() else t)
         self.trace, self.output = self._trace()
+        if not self.trace.linear_groups() and any(map(is_linear, self.block.modules())):
+            raise ValueError(
+                f"a copy of this {type(block).__name__} runs none of its linears, so no scale group can be found: was "
+                "its forward replaced by a function that holds the original? Undo that, or use functools.partial"
+            )
 
     @torch.no_grad()
     def _trace(self) -> tuple[Trace, Tensor]:

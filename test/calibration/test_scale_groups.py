@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -233,6 +234,16 @@ def test_probing_leaves_the_block_alone() -> None:
         assert parameter.requires_grad == before[name][2] and parameter.grad is None
     assert block.training
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in block.modules())
+
+
+def test_a_forward_that_a_copy_does_not_follow() -> None:
+    block = Block()
+    forward = block.forward
+    block.forward = lambda *args: forward(*args)
+    with pytest.raises(ValueError, match="a copy of this Block runs none of its linears"):
+        probe(block)
+    block.forward = partial(Block.forward, block)
+    assert producers(block) == {"up": ("norm", "weight"), "down": ("up", "rows")}
 
 
 def quantize(family: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, list[Scaling]]:
