@@ -28,7 +28,7 @@ setup(
     install_requires=[
         "torch>=2.13",
         "torchao>=0.18",
-        "transformers>=5.17",
+        "transformers>=5.23",
         "safetensors",
         "tqdm",
     ],
