@@ -312,21 +312,21 @@ def test_interrupted(model: nn.Module, at_call: int) -> None:
 
 def test_interrupted_while_the_plan_is_applied(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(10**9))
+    parameter = nn.Parameter
 
-    class Interrupting(nn.Parameter):
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            if next(calls) == 5:
-                raise KeyboardInterrupt
-            return nn.Parameter(*args, **kwargs)
+    def interrupting_parameter(*args: Any, **kwargs: Any) -> nn.Parameter:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return parameter(*args, **kwargs)
 
     before = snapshot(model)
     plan, _ = mbq.calibrate(model, [build_batch("llava")], settings_of(n_grid=2), progress=False)
     assert_unchanged(model, before)
     with monkeypatch.context() as patch:
-        patch.setattr(mbq.nn, "Parameter", Interrupting)
+        patch.setattr(mbq.nn, "Parameter", interrupting_parameter)
         with pytest.raises(KeyboardInterrupt):
             plan.apply()
-    assert next(calls) > 5
+    assert next(calls) == 6
     assert_unchanged(model, before)
     plan.apply()
     assert quantized(model)
@@ -350,6 +350,16 @@ def test_training_mode_is_restored(model: nn.Module) -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
     assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+def test_parameters_stay_trainable_or_frozen(model: nn.Module) -> None:
+    layers = model.get_decoder().layers
+    layers[0].input_layernorm.weight.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == (before[name] and not isinstance(parameter, MBQInt3Tensor)), name
+    assert layers[1].input_layernorm.weight.requires_grad
 
 
 def test_torchao_refuses_a_calibration_config(model: nn.Module) -> None:
