@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import CONFIGS, build_batch, build_model, model_inputs
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from mbq_ao import mbq_config, quantize_
 from mbq_ao.calibration import mbq
@@ -79,6 +80,13 @@ def test_calls_with_the_hidden_state_as_keyword() -> None:
             return hidden_states * scale, None
 
     assert torch.equal(call.with_hidden(torch.full((2,), 2.0)).run(Scale()), torch.full((2,), 6.0))
+
+
+def test_a_cache_is_not_recorded() -> None:
+    """A key-value cache would grow, and be read, at every replay."""
+    cache = DynamicCache()
+    call = ModuleCall.record((torch.ones(2), cache), {"past_key_values": cache, "nested": (cache, 1)})
+    assert call.args[1] is None and call.kwargs == {"past_key_values": None, "nested": (None, 1)}
 
 
 def test_blocks_given_by_hand_replace_the_search_for_them() -> None:

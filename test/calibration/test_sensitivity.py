@@ -75,6 +75,17 @@ def test_samples_of_one_padded_batch_count_as_they_do_alone() -> None:
     assert at_once == {key: pytest.approx(value, rel=1e-4, abs=1e-9) for key, value in one_by_one.items()}
 
 
+def test_a_sample_without_an_image_has_no_part_in_the_vision_gradient() -> None:
+    model, one = build_model("llama"), build_batch("llama")
+    one["vision_mask"] = torch.zeros_like(one["input_ids"], dtype=torch.bool)
+    one["vision_mask"][:, 1:4] = True
+    two = {key: value.repeat(2, 1) for key, value in one.items()}  # the same text twice, its image once
+    two["vision_mask"][1] = False
+    alone, both = measured(model, [one]), measured(model, [two])
+    assert both == {key: pytest.approx(value, rel=1e-4, abs=1e-9) for key, value in alone.items()}
+    assert max(alone.values()) > 0
+
+
 def test_logits_are_computed_only_where_an_answer_is_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
     model, data = build_model("llava"), [build_batch("llava")]
     assert takes(model, "logits_to_keep")
