@@ -14,7 +14,8 @@ lie beside the original ones until the end: 3.25 bits a weight at group size 128
 Memory beyond the model (and `device`): those packed weights; the hidden states of all calibration
 tokens (twice with error propagation); the inputs and targets of one group at a time; an fp32 copy of
 one block while its groups are looked for; in the sensitivity pass one hidden state a block and the
-activations of one block for one batch at a time.
+activations of one block for one batch at a time; in the check of the logits a few fp32 copies of the smallest
+batch's logits.
 """
 
 from __future__ import annotations
