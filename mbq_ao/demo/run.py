@@ -134,7 +134,7 @@ def decoder_linears(model: nn.Module) -> set[str]:
 
 
 def unpacked_once(model: nn.Module) -> nn.Module:
-    """A copy that computes the same on a CPU, three times faster over many small batches.
+    """A copy for evaluation on a CPU that does not unpack its weights over and over.
 
     There the kernel unpacks a weight at every call and hands it to F.linear; here it is unpacked beforehand.
     Weights with an act_pre_scale stay packed, as moving the factor would change the rounding.
