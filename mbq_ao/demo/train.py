@@ -1,10 +1,10 @@
-"""How demo_vlm.safetensors was made: `python -m mbq_ao.demo.train --minutes 65 --out FILE --seed 0`.
+"""How demo_vlm.safetensors was made: `python -m mbq_ao.demo.train --out FILE --steps 500 --seed 0`.
 
 1. Vision (VISION_STEPS steps of 64 images).  Tower and projector learn to spell an image in the language model's own
    words: on patches of the shape the projected token must be the embedding of the shape's color (even columns) or of
    its kind (odd columns), elsewhere that of "background".  Labels are read off the training questions.  No language
    model is run.
-2. Jointly (`--minutes`, 4 images a step with all their questions, see packing.py).  Tower, projector and a
+2. Jointly (`--steps`, 4 images a step with all their questions, see packing.py).  Tower, projector and a
    low-rank update on every decoder linear learn the replies in the chat template; cosine decay to 2%.
 
 Stage 1 gives the language model tokens it can read from the first joint step on.  A tower pretrained as a classifier
@@ -197,25 +197,25 @@ def train_jointly(
     processor: LlavaProcessor,
     groups: list[list[VqaRow]],
     pixels: Tensor,
-    minutes: float,
+    steps: int,
     rng: random.Random,
     save: Callable[[dict[str, LowRank], int], None],
 ) -> None:
-    """Stage 2 for `minutes`, in place.  save(low_rank, step) is called now and then, and at the end."""
+    """Stage 2 for `steps`, in place.  save(low_rank, step) is called now and then, and at the end."""
     low_rank = add_low_rank(model)
     factors = [p for wrapper in low_rank.values() for p in (wrapper.down, wrapper.up)]
     tower = [p for n, p in model.named_parameters() if is_trained_directly(n)]
     optimizer = torch.optim.AdamW(
         [{"params": factors, "peak": LORA_RATE}, {"params": tower, "peak": TOWER_RATE}], weight_decay=0.01
     )
-    start, step, tokens = time.time(), 0, 0
+    start, tokens = time.time(), 0
     batches: list[list[int]] = []
     losses: list[float] = []
     hits: list[bool] = []
-    while (spent := (time.time() - start) / (60 * minutes)) < 1:
-        decay = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * spent))
+    for step in range(1, steps + 1):
+        decay = 0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * decay * min(1, (step + 1) / WARMUP_STEPS)
+            group["lr"] = group["peak"] * decay * min(1, step / WARMUP_STEPS)
         batches = batches or similar_batches(groups, JOINT_BATCH, rng)
         pick = batches.pop()
         batch = pack(processor, [groups[i] for i in pick])
@@ -224,7 +224,6 @@ def train_jointly(
         loss.backward()
         nn.utils.clip_grad_norm_(factors + tower, 1.0)
         optimizer.step()
-        step += 1
         losses.append(loss.item())
         hits += hit[batch.labels[batch.labels != IGNORE] != processor.tokenizer.eos_token_id].tolist()
         tokens += batch.ids.numel()
@@ -236,14 +235,13 @@ def train_jointly(
                 flush=True,
             )
             losses, hits = [], []
-        if step % 25 == 0:
+        if step % 25 == 0 or step == steps:
             save(low_rank, step)
-    save(low_rank, step)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=65, help="of the joint stage")
+    parser.add_argument("--steps", type=int, default=500, help="of the joint stage")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -260,7 +258,7 @@ def main() -> None:
         metadata = {"seed": str(arguments.seed), "joint_steps": str(step)}
         save_trained_part(model, low_rank, arguments.out, metadata)
 
-    train_jointly(model, processor, groups, pixels, arguments.minutes, rng, save)
+    train_jointly(model, processor, groups, pixels, arguments.steps, rng, save)
 
 
 if __name__ == "__main__":
