@@ -150,7 +150,8 @@ def quantize_(
         torchao_quantize_(model, config, filter_fn, device)
         return None
 
-    from mbq_ao.calibration.mbq import RECIPES, CalibrationSettings, calibrate
+    from mbq_ao.calibration.mbq import calibrate
+    from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     settings = CalibrationSettings(

@@ -68,12 +68,12 @@ class ScaleGroup:
     """Linears that read the same x, and the producer of x. Names are relative to the block.
 
     linears: names of the nn.Linear modules, in the order in which they run.
-    producer: name of the norm or linear that takes 1 / s; None if nothing can.
+    producer: name of the norm or linear that takes 1 / s; None to be found out, or if nothing can.
     fold: how it takes it (see the table above); None to be found out, or if there is no producer.
     inspect: name of the module whose output is compared in the search; "" is the block itself. None: the
         smallest module that contains all linears of the group, a single linear itself.
-    row_map: which producer row feeds which channel ("rows" only).
-    mixes_tokens: whether tokens are mixed between producer and linears (attention).
+    row_map: which producer row feeds which channel ("rows" only); the identity also stands for "to be found out".
+    mixes_tokens: whether tokens are mixed between producer and linears (attention); always found out.
     """
 
     linears: tuple[str, ...]

@@ -11,83 +11,40 @@ Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", 
 so a failure or Ctrl-C at any point leaves the model as it was. The price is that the packed weights
 lie beside the original ones until the end: 3.25 bits a weight at group size 128.
 
-Memory beyond the model (and `device`): those packed weights; the hidden states of all calibration
-tokens (twice with error propagation); the inputs and targets of one group at a time; an fp32 copy of
-one block while its groups are looked for; in the sensitivity pass one hidden state a block and the
-activations of one block for one batch at a time; in the check of the logits a few fp32 copies of the smallest
-batch's logits.
+Memory beyond the model (and `device`), at the peak at most:
+
+    the packed weights of all blocks
+    + 3.5 fp32 copies of one block: it is copied to be probed, and folded or fake-quantized beside that
+    + 4 times the hidden states of all calibration tokens, 8 times with error propagation: the stream, and the
+      inputs, targets and outputs of one group at a time
+
+(measured in test/calibration/test_memory.py). The sensitivity pass needs less: one hidden state a block and the
+activations of one block for one batch at a time, no weight gradients; and logits of the answers only.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
-from mbq_ao.calibration.capture import (
-    BlockStream,
-    ModuleCall,
-    capture_streams,
-    find_blocks,
-    first_tensor,
-    forward,
-    hooked,
-)
-from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
-from mbq_ao.calibration.report import CalibrationReport, GroupReport
+from mbq_ao.calibration.batch import collect_batches
+from mbq_ao.calibration.block import BlockCalibrator
+from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
+from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
+from mbq_ao.calibration.logits_check import check_logits
+from mbq_ao.calibration.report import CalibrationReport
 from mbq_ao.calibration.residency import computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
-from mbq_ao.calibration.scale_search import Example, Loss, search_scale, token_weights
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
-from mbq_ao.calibration.validate import check_linears, check_model
-
-
-class WeightQuantizer(Protocol):
-    """How one weight is quantized; the search and the final model go through the same object."""
-
-    def fake_quantize(self, weight: Tensor) -> Tensor:
-        """What the quantized weight stands for, as a plain tensor."""
-
-    def quantize(self, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
-        """The tensor that will serve."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Where the published code and what we hold to be right differ. See RECIPES."""
-
-    count_padding: bool  # padding takes part in mean|x| and in the unbalanced loss
-    shift_answers: bool  # count the positions that predict an answer token, not the answer's own
-    tie_shared_rows: bool  # scale o_proj under grouped-query attention, one s for all heads of a value head
-    pre_scale_unfolded: bool  # where nothing takes 1/s, keep it as act_pre_scale instead of not scaling
-
-
-RECIPES = {
-    "paper": Recipe(count_padding=True, shift_answers=False, tie_shared_rows=False, pre_scale_unfolded=False),
-    "best": Recipe(count_padding=False, shift_answers=True, tie_shared_rows=True, pre_scale_unfolded=True),
-}
-
-
-@dataclass(frozen=True)
-class CalibrationSettings:
-    """What `mbq_config` asks for; validated there."""
-
-    recipe: Recipe
-    balance: bool
-    loss: Loss
-    propagate_error: bool
-    n_grid: int
-    quantizer: WeightQuantizer
-    scale_groups: Sequence[ScaleGroup] | None = None
-    blocks: Sequence[nn.Module] | None = None
+from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
+from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
 
 
 @dataclass
@@ -126,12 +83,13 @@ def calibrate(
     check_model(model)
     blocks = find_blocks(model, settings.blocks)
     selected = _selected_linears(blocks, filter_fn)
-    check_linears(model, selected)
+    owners = owners_of_parameters(model)
+    check_linears(selected, owners)
     batches = collect_batches(model, calib_data, device)
 
     with evaluating(model), computing_on(device, model, blocks.values()):
         streams = capture_streams(model, blocks, batches)
-        groups = find_groups(blocks, streams, settings, selected, device)
+        groups = find_groups(owners, blocks, streams, settings, selected, device)
         masks = Masks.of(batches, settings.recipe)
         balance = settings.balance and any(b.vision.any() for b in batches)
         raw_ratios: dict[ModuleName, float] = {}
@@ -168,31 +126,19 @@ def calibrate(
     return plan, report
 
 
-@dataclass
-class Masks:
-    """Which tokens count as what, one (B, T) bool tensor a batch."""
-
-    counted: list[Tensor]
-    answer: list[Tensor]
-    vision: list[Tensor]
-
-    @classmethod
-    def of(cls, batches: list[CalibrationBatch], recipe: Recipe) -> Masks:
-        return cls(
-            counted=[torch.ones_like(b.valid) if recipe.count_padding else b.valid for b in batches],
-            answer=[b.predicts_answer() if recipe.shift_answers else b.answer for b in batches],
-            vision=[b.vision for b in batches],
-        )
-
-
 def find_groups(
+    owners: Mapping[nn.Parameter, list[str]],
     blocks: Mapping[str, nn.Module],
     streams: list[BlockStream],
     settings: CalibrationSettings,
     selected: Mapping[str, dict[str, nn.Linear]],
     device: torch.device | None,
 ) -> dict[str, list[ScaleGroup]]:
-    """The scale groups of every block; blocks of the same structure are probed once."""
+    """The scale groups of every block; blocks of the same structure are probed once.
+
+    owners: of each parameter of the model. One that other modules own as well is never folded. Raises ValueError
+    if a group of `settings.scale_groups` asks for it.
+    """
     stream = min(streams, key=lambda s: s.hidden.numel() if s.hidden.shape[-2] > 1 else float("inf"))
     known: dict[tuple[Any, ...], list[ScaleGroup]] = {}
     result = {}
@@ -207,12 +153,31 @@ def find_groups(
                 prober = BlockProber(block, call)
             given = settings.scale_groups
             known[signature] = prober.find_all() if given is None else [prober.complete(group) for group in given]
+        found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in known[signature]]
         result[name] = [
             group
-            for group in known[signature]
+            for group in found
             if _is_scaled(group, block, settings.recipe) and any(n in selected[name] for n in group.linears)
         ]
     return result
+
+
+def _unshared(
+    group: ScaleGroup, block_name: str, block: nn.Module, owners: Mapping[nn.Parameter, list[str]], explicit: bool
+) -> ScaleGroup:
+    """The group, without its producer if folding would change a parameter that other modules use too."""
+    if group.producer is None:
+        return group
+    for name in (group.producer, *group.linears):
+        for parameter in block.get_submodule(name).parameters(recurse=False):
+            if len(owners[parameter]) > 1:
+                if explicit:
+                    raise ValueError(
+                        f"{group} of {block_name} cannot be folded: {' and '.join(owners[parameter])} are one "
+                        "parameter; untie them, or leave the group out"
+                    )
+                return replace(group, producer=None, fold=None, row_map=RowMap(), mixes_tokens=False)
+    return group
 
 
 def _is_scaled(group: ScaleGroup, block: nn.Module, recipe: Recipe) -> bool:
@@ -222,221 +187,6 @@ def _is_scaled(group: ScaleGroup, block: nn.Module, recipe: Recipe) -> bool:
         return True
     # The published code scales o_proj only if v_proj has the very same shape.
     return block.get_submodule(group.producer).weight.shape == block.get_submodule(group.linears[0]).weight.shape
-
-
-class BlockCalibrator:
-    """Searches the groups of one block on the streams at its input. The block is not changed."""
-
-    def __init__(
-        self,
-        name: str,
-        block: nn.Module,
-        index: int,
-        streams: list[BlockStream],
-        masks: Masks,
-        settings: CalibrationSettings,
-        ratios: Mapping[str, float | None],
-        linears: dict[str, nn.Linear],
-    ) -> None:
-        self.name, self.block, self.index, self.streams = name, block, index, streams
-        self.masks, self.settings, self.ratios, self.linears = masks, settings, ratios, linears
-        self.scalings: list[Scaling] = []
-
-    def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
-        """Find one scale a group. All groups are searched on original weights, in order."""
-        return [self._search_group(group) for group in groups]
-
-    @torch.no_grad()
-    def _search_group(self, group: ScaleGroup) -> GroupReport:
-        inspect = group.inspect or ""
-        module = self.block.get_submodule(inspect)
-        ratio = self.ratios[inspect]
-        clean = self._capture(group, {}, distorted=False)
-        calls = clean
-        if self.settings.propagate_error:
-            # The first group sees the unquantized block on the distorted stream, the others the block quantized so far.
-            calls = self._capture(group, self.served_parameters() if self.scalings else {}, distorted=True)
-        weights = token_weights(
-            self.masks.counted,
-            self.masks.answer,
-            self.masks.vision,
-            ratio=ratio,
-            loss=self.settings.loss,
-            num_channels=clean[0].output.shape[-1],
-        )
-        examples = [
-            Example(seen.call, target.output, weight)
-            for seen, target, weight in zip(calls, clean, weights, strict=True)
-        ]
-        statistic = group.row_map.tie(mean_abs([seen.x for seen in calls], self.masks.counted))
-        prefix = f"{inspect}." if inspect else ""
-        originals = {n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears}
-        candidates = {f"{n}.weight" if n else "weight": m.weight for n, m in originals.items() if self._is_selected(m)}
-
-        def candidate(s: Tensor) -> dict[str, Tensor]:
-            return {n: self._stand_in(w, s) / s.to(w.dtype) for n, w in candidates.items()}
-
-        try:
-            found = search_scale(
-                module, examples, statistic, candidate, loss=self.settings.loss, n_grid=self.settings.n_grid
-            )
-        except ValueError as error:
-            raise ValueError(f"{self.name}, group {', '.join(group.linears)}: {error}") from error
-        self.scalings.append(Scaling(group, found.s))
-        return GroupReport(
-            block=self.name,
-            producer=group.producer,
-            linears=list(group.linears),
-            fold=group.fold or "act_pre_scale",
-            alpha=found.alpha,
-            losses=found.losses,
-            loss_rtn=found.losses[0],
-            loss=found.losses[found.index],
-            sensitivity=ratio,
-        )
-
-    def _is_selected(self, module: nn.Module) -> bool:
-        return any(module is linear for linear in self.linears.values())
-
-    def _stand_in(self, weight: Tensor, s: Tensor) -> Tensor:
-        return self.settings.quantizer.fake_quantize((weight.float() * s).to(weight.dtype))
-
-    def _capture(self, group: ScaleGroup, parameters: dict[str, Tensor], *, distorted: bool) -> list[Seen]:
-        """Run the block on every batch and record the call of the compared module and the group's input."""
-        seen = []
-        for stream in self.streams:
-            recorder = Seen()
-            inspected = self.block.get_submodule(group.inspect or "")
-            linear = self.block.get_submodule(group.linears[0])
-            handles = [
-                inspected.register_forward_hook(recorder.record_call, with_kwargs=True),
-                linear.register_forward_hook(recorder.record_input),
-            ]
-            with hooked(handles):
-                self._call(stream, distorted).run(self.block, parameters)
-            seen.append(recorder)
-        return seen
-
-    def _call(self, stream: BlockStream, distorted: bool) -> ModuleCall:
-        hidden = stream.distorted if distorted and stream.distorted is not None else stream.hidden
-        return stream.call(self.index, hidden)
-
-    @torch.no_grad()
-    def served_parameters(self) -> dict[str, Tensor]:
-        """The block's parameters as it will serve, in high precision: folded so far, and fake-quantized."""
-        parameters = folded_parameters(self.block, self.scalings)
-        pre_scaled = activation_scales(self.scalings)
-        for name, linear in self.linears.items():
-            weight = parameters.get(f"{name}.weight", linear.weight)
-            if name in pre_scaled:
-                s = pre_scaled[name]
-                parameters[f"{name}.weight"] = self._stand_in(weight, s) / s.to(weight.dtype)
-            else:
-                parameters[f"{name}.weight"] = self.settings.quantizer.fake_quantize(weight)
-        return parameters
-
-    @torch.no_grad()
-    def plan(self) -> list[tuple[nn.Module, str, Tensor]]:
-        """The block's new parameters: folded producers and quantized weights."""
-        folded = folded_parameters(self.block, self.scalings)
-        pre_scaled = activation_scales(self.scalings)
-        result = []
-        for name, linear in self.linears.items():
-            weight, pre_scale = folded.pop(f"{name}.weight", linear.weight.detach()), None
-            if name in pre_scaled:
-                s = pre_scaled[name]
-                weight, pre_scale = (weight.float() * s).to(weight.dtype), (1 / s).to(weight.dtype)
-            try:
-                result.append((linear, "weight", self.settings.quantizer.quantize(weight, pre_scale)))
-            except ValueError as error:
-                raise ValueError(f"{self.name}.{name}: {error}") from error
-        for name, value in folded.items():
-            module, _, parameter = name.rpartition(".")
-            result.append((self.block.get_submodule(module), parameter, value))
-        return result
-
-    @torch.no_grad()
-    def advance(self) -> None:
-        """Move the streams to the next block's input."""
-        served = self.served_parameters() if self.settings.propagate_error else {}
-        for stream in self.streams:
-            if self.settings.propagate_error:
-                distorted = self._call(stream, distorted=True).run(self.block, served)
-                stream.distorted = stream.between(self.index + 1, distorted)
-            stream.hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
-
-
-class Seen:
-    """One call of a compared module, its output, and the input of the group's linears."""
-
-    call: ModuleCall
-    output: Tensor
-    x: Tensor
-
-    def record_call(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.call, self.output = ModuleCall.record(args, kwargs), first_tensor(output)
-
-    def record_input(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.x = args[0]
-
-
-def mean_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
-    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
-
-    Of another sequence than the text (the image that cross-attention reads) every token counts.
-    """
-    selected = [
-        x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)
-        for x, mask in zip(inputs, counted, strict=True)
-    ]
-    total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
-    return total / sum(x.shape[0] for x in selected)
-
-
-@torch.no_grad()
-def check_logits(
-    model: nn.Module,
-    blocks: Mapping[str, nn.Module],
-    scalings: Mapping[str, list[Scaling]],
-    batches: list[CalibrationBatch],
-) -> float:
-    """Relative change of the logits on the smallest batch when every block is folded but not quantized.
-
-    Raises RuntimeError if folding changes what the model computes: a value that a fold touches is
-    read somewhere the block's own output does not show.
-    """
-    batch = min(batches, key=lambda b: b.num_tokens)
-    before = forward(model, batch).float()
-
-    def fold(block: nn.Module, scalings: list[Scaling], module: nn.Module, args: Any) -> None:
-        for name, value in folded_parameters(block, scalings).items():
-            parameter = block.get_parameter(name)
-            originals.append((parameter, parameter.data))
-            parameter.data = value
-
-    def unfold(module: nn.Module, args: Any, output: Any) -> None:
-        while originals:
-            parameter, data = originals.pop()
-            parameter.data = data
-
-    originals: list[tuple[nn.Parameter, Tensor]] = []
-    handles = [b.register_forward_pre_hook(partial(fold, b, scalings[n])) for n, b in blocks.items()]
-    handles += [b.register_forward_hook(unfold) for b in blocks.values()]
-    try:
-        with hooked(handles):
-            after = forward(model, batch).float()
-    finally:
-        unfold(model, None, None)
-    error = ((after - before).norm() / before.norm().clamp(min=1e-30)).item()
-    precise = all(p.dtype == torch.float32 for b in blocks.values() for p in b.parameters())
-    limit = 1e-3 if precise else 0.1  # half precision: rounding W s once more, through all layers
-    if not error <= limit:
-        raise RuntimeError(
-            f"folding the scales changes the logits by {error:.2g} (relative, limit {limit:g}): the model reads a "
-            "folded value outside its block. Pass scale_groups=[...] without the group at fault, or "
-            "report the architecture"
-        )
-    return error
 
 
 @contextmanager

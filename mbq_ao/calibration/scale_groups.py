@@ -104,22 +104,32 @@ class BlockProber:
     def complete(self, group: ScaleGroup) -> ScaleGroup:
         """Fill in what the group leaves open: producer, fold, row map, inspected module.
 
-        A producer that the group names is the only candidate. Raises ValueError if it cannot take 1 / s.
+        What the group names is kept: its producer is the only candidate, its fold and row map the only way to fold
+        into it. Raises ValueError if the block's output changes with that, or if the names do not fit the block.
         """
         self._check_names(group)
         inspect = self._inspected(group) if group.inspect is None else group.inspect
         group = replace(group, inspect=inspect)
         candidates = self.trace.before(group.linears[0]) if group.producer is None else [group.producer]
         for producer in candidates:
-            for found in self._foldings(group, producer):
+            for found in self._proposals(group, producer):
                 if self._preserves_output(found):
                     return replace(found, mixes_tokens=self._mixes_tokens(found))
         if group.producer is not None:
             raise ValueError(
-                f"scaling {', '.join(group.linears)} and folding 1/s into {group.producer} changes the block's output: "
-                "name another producer, or producer=None to let it be found"
+                f"scaling {', '.join(group.linears)} and folding 1/s into {group.producer} "
+                + ("" if group.fold is None else f"(fold={group.fold!r}, {group.row_map}) ")
+                + "changes the block's output: name another producer, or leave producer, fold and row_map to be found"
             )
         return group
+
+    def _proposals(self, group: ScaleGroup, producer: str) -> Iterator[ScaleGroup]:
+        """The group as given if it says all, then the foldings found by probing that agree with what it says."""
+        if group.producer is not None and group.fold is not None:
+            yield group
+        for found in self._foldings(group, producer):
+            if group.fold in (None, found.fold) and group.row_map in (RowMap(), found.row_map):
+                yield found
 
     def _check_names(self, group: ScaleGroup) -> None:
         for name in group.linears:
@@ -131,6 +141,22 @@ class BlockProber:
             raise ValueError(f"producer {group.producer!r} is not a norm or linear that this block runs: {group}")
         if len({self._module(name).in_features for name in group.linears}) > 1:
             raise ValueError(f"the linears of a scale group must read the same input, got different widths: {group}")
+        if group.producer is not None and group.fold is not None:
+            self._check_fold(group)
+
+    def _check_fold(self, group: ScaleGroup) -> None:
+        """Raise ValueError unless the producer has what the given fold and row map speak of."""
+        assert group.producer is not None
+        num_channels = self._module(group.linears[0]).in_features
+        producer = self._module(group.producer)
+        if (group.fold == "rows") != is_linear(producer):
+            raise ValueError(f'fold="rows" is for a linear, the other folds are for a norm, got {group}')
+        row_map, num_rows = group.row_map, producer.weight.shape[0]
+        num_shared, rest = divmod(num_channels, row_map.repeats)
+        needed = row_map.offset + num_shared if group.fold == "rows" else num_channels
+        fits = needed <= num_rows if group.fold == "rows" else needed == num_rows
+        if rest or num_shared % row_map.width or not fits:
+            raise ValueError(f"{group} does not fit: {group.producer} has {num_rows} rows, x {num_channels} channels")
 
     def _inspected(self, group: ScaleGroup) -> str:
         """A single linear is compared itself if its input comes from a linear; else the module around the group."""

@@ -23,21 +23,28 @@ def check_model(model: nn.Module) -> None:
             )
 
 
-def check_linears(model: nn.Module, selected: Mapping[str, dict[str, nn.Linear]]) -> None:
-    """Raise ValueError for linears that are quantized already, shared, of another dtype or not finite."""
-    weights = {f"{block}.{name}.weight": m.weight for block, linears in selected.items() for name, m in linears.items()}
-    for name, weight in weights.items():
-        _check_weight(name, weight)
-    ours = {id(weight) for weight in weights.values()}
-    owners: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        weight = getattr(module, "weight", None)
-        first = owners.setdefault(id(weight), name)
-        if id(weight) in ours and first != name:
-            raise ValueError(
-                f"{first} and {name} share one weight: quantizing it for one place would change the other; "
-                "untie them (copy the weight), or leave both out with filter_fn"
-            )
+def check_linears(selected: Mapping[str, dict[str, nn.Linear]], owners: Mapping[nn.Parameter, list[str]]) -> None:
+    """Raise ValueError for linears that are quantized already, shared, of another dtype or not finite.
+
+    selected: block -> {name in the block: linear}.  owners: see `owners_of_parameters`.
+    """
+    for block, linears in selected.items():
+        for name, linear in linears.items():
+            _check_weight(f"{block}.{name}.weight", linear.weight)
+            first, *others = owners[linear.weight]
+            if others:
+                raise ValueError(
+                    f"{first} and {others[0]} are one parameter: quantizing it for one place would change the other; "
+                    "untie them (copy the weight), or leave both out with filter_fn"
+                )
+
+
+def owners_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
+    """Every parameter with all the names under which the model has it; more than one if modules share it."""
+    owners: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(parameter, []).append(name)
+    return owners
 
 
 def _check_weight(name: str, weight: nn.Parameter) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from mbq_ao import Int3WeightOnlyConfig, MBQInt3Tensor, ScaleGroup, mbq_config, quantize_
 from mbq_ao.calibration import mbq
+from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
 LAYERS = "model.language_model.layers"
 
@@ -195,15 +196,16 @@ def test_linears_shared_between_modules(model: nn.Module) -> None:
     expect(
         refused(model, [build_batch("llava")]),
         """\
-model.language_model.layers.0.mlp.up_proj and model.language_model.layers.1.mlp.up_proj share one weight: quantizing \
-it for one place would change the other; untie them (copy the weight), or leave both out with filter_fn""",
+model.language_model.layers.0.mlp.up_proj.weight and model.language_model.layers.1.mlp.up_proj.weight are one \
+parameter: quantizing it for one place would change the other; untie them (copy the weight), or leave both out with \
+filter_fn""",
     )
 
 
 def test_weights_shared_between_linears(model: nn.Module) -> None:
     layers = model.get_decoder().layers
     layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
-    assert "share one weight" in refused(model, [build_batch("llava")])
+    assert "are one parameter: quantizing it for one place" in refused(model, [build_batch("llava")])
 
 
 def test_weights_on_the_meta_device() -> None:
@@ -332,10 +334,10 @@ def test_interrupted_while_the_plan_is_applied(model: nn.Module, monkeypatch: py
     assert quantized(model)
 
 
-def settings_of(**options: Any) -> mbq.CalibrationSettings:
+def settings_of(**options: Any) -> CalibrationSettings:
     config = mbq_config([], group_size=32, **options)
-    return mbq.CalibrationSettings(
-        recipe=mbq.RECIPES[config.recipe],
+    return CalibrationSettings(
+        recipe=RECIPES[config.recipe],
         balance=config.balance,
         loss=config.loss,
         propagate_error=config.propagate_error,

@@ -10,7 +10,7 @@ from models import CONFIGS, IMAGE, NUM_ANSWER_TOKENS, TEXT_ONLY, VIDEO, build_ba
 from torch import Tensor
 
 from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
-from mbq_ao.calibration.mbq import RECIPES, Masks
+from mbq_ao.calibration.settings import RECIPES, Masks
 
 
 def collect(family: str, *batches: dict[str, Any]) -> list[CalibrationBatch]:

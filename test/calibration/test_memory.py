@@ -60,12 +60,13 @@ def test_the_counter_counts() -> None:
     assert live.now == 0
 
 
-def peak(num_layers: int, num_batches: int) -> int:
+def peak(num_layers: int, num_batches: int, propagate_error: bool = False) -> int:
     model = build_model("llava", num_hidden_layers=num_layers)
     data = [build_batch("llava", num_text=40, seed=i) for i in range(num_batches)]
     inputs = [value for batch in data for value in batch.values()]
     with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
-        quantize_(model, mbq_config(data, group_size=64, n_grid=3), progress=False)
+        config = mbq_config(data, group_size=64, n_grid=3, propagate_error=propagate_error)
+        quantize_(model, config, progress=False)
     return live.peak
 
 
@@ -99,3 +100,13 @@ def test_a_batch_more_costs_its_hidden_states_and_one_group(sizes: dict[str, int
     # (128) activations of a forward over them; the batch's own inputs (pixels) and logits.
     assert grown <= 8 * sizes["hidden"]
     assert peak(num_layers=7, num_batches=13) - peak(num_layers=7, num_batches=3) <= 1.1 * 10 * grown
+
+
+@pytest.mark.parametrize(("propagate_error", "num_hidden"), [(False, 4), (True, 8)])
+@pytest.mark.parametrize("num_layers", [2, 10])
+@pytest.mark.parametrize("num_batches", [2, 8])
+def test_the_peak_is_what_the_docstring_says(
+    num_layers: int, num_batches: int, propagate_error: bool, num_hidden: int, sizes: dict[str, int]
+) -> None:
+    stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + num_hidden * num_batches * sizes["hidden"]
+    assert 0.4 * stated <= peak(num_layers, num_batches, propagate_error) <= stated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from mbq_ao import mbq_config, quantize_
 from mbq_ao.calibration import mbq
 from mbq_ao.calibration.capture import ModuleCall
-from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
+from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, folded_parameters
 from mbq_ao.calibration.scale_groups import BlockProber
 
 C = 12
@@ -108,7 +109,7 @@ def test_an_outlier_in_the_residual_hides_no_wrong_fold() -> None:
     group = ScaleGroup(("up",), "norm", "weight", "up")
     prober = probe(wrong, x)
     s = torch.rand(C) + 0.5
-    folded = mbq.folded_parameters(prober.block, [Scaling(group, s)])
+    folded = folded_parameters(prober.block, [Scaling(group, s)])
     moved = (prober.call.run(prober.block, folded) - prober.output).norm() / prober.output.norm()
     assert moved < 1e-5
     assert producers(wrong, x)["up"] == (None, None)
@@ -206,8 +207,42 @@ def test_a_given_producer_is_the_only_candidate() -> None:
         prober.complete(ScaleGroup(("down",), "norm"))
     assert str(error.value) == (
         "scaling down and folding 1/s into norm changes the block's output: "
-        "name another producer, or producer=None to let it be found"
+        "name another producer, or leave producer, fold and row_map to be found"
     )
+
+
+class MiddleOfThree(nn.Module):
+    """A fused producer whose foldable rows probing does not find: it tries all rows, the last and the last half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.producer, self.linear = nn.Linear(C, 3 * C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = self.producer(x).chunk(3, -1)
+        return x + self.linear(torch.tanh(a) * b * torch.tanh(c))
+
+
+def test_a_given_folding_is_tried_as_it_is() -> None:
+    prober = probe(MiddleOfThree())
+    assert prober.complete(ScaleGroup(("linear",))).producer is None
+    group = ScaleGroup(("linear",), "producer", "rows", row_map=RowMap(offset=C))
+    found = prober.complete(group)
+    assert (found.producer, found.fold, found.row_map) == ("producer", "rows", RowMap(offset=C))
+    wrong = replace(group, row_map=RowMap(offset=C - 1))
+    with pytest.raises(ValueError, match=r"into producer \(fold='rows', RowMap\(offset=11, .*\) changes the block's"):
+        prober.complete(wrong)
+
+
+def test_a_given_fold_or_row_map_is_not_replaced() -> None:
+    row_map = RowMap(offset=2)
+    prober = probe(Shared(8, 2 + torch.arange(4)))
+    for group in (ScaleGroup(("linear",), "producer", "rows"), ScaleGroup(("linear",), row_map=row_map)):
+        assert prober.complete(group).row_map == row_map  # what is left open is found
+    assert prober.complete(ScaleGroup(("linear",), row_map=RowMap(offset=1))).producer is None
+    with pytest.raises(ValueError, match=r"into norm .*one_plus_weight.* changes the block's output"):
+        probe(Block()).complete(ScaleGroup(("up",), "norm", "one_plus_weight"))
 
 
 @pytest.mark.parametrize(
@@ -218,6 +253,11 @@ def test_a_given_producer_is_the_only_candidate() -> None:
         (ScaleGroup(("up",), "act"), "producer 'act' is not a norm or linear that this block runs"),
         (ScaleGroup(("up",), inspect="down"), "inspect of a scale group must be a module that contains 'up'"),
         (ScaleGroup(("up", "down")), "must read the same input, got different widths"),
+        (ScaleGroup(("up",), "norm", "rows"), 'fold="rows" is for a linear, the other folds are for a norm'),
+        (ScaleGroup(("down",), "up", "weight"), 'fold="rows" is for a linear, the other folds are for a norm'),
+        (ScaleGroup(("down",), "norm", "weight"), "does not fit: norm has 12 rows, x 24 channels"),
+        (ScaleGroup(("down",), "up", "rows", row_map=RowMap(offset=1)), "does not fit: up has 24 rows, x 24 channels"),
+        (ScaleGroup(("down",), "up", "rows", row_map=RowMap(width=5, repeats=2)), "does not fit"),
     ],
 )
 def test_groups_that_name_the_wrong_things(group: ScaleGroup, text: str) -> None:

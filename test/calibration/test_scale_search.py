@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from mbq_ao import MBQInt3Tensor
 from mbq_ao.calibration import scale_search
+from mbq_ao.calibration.block import mean_abs
 from mbq_ao.calibration.capture import ModuleCall
-from mbq_ao.calibration.mbq import mean_abs
 from mbq_ao.calibration.scale_search import Example, scale_at, search_scale, token_weights
 
 C = 32
@@ -198,6 +198,16 @@ def test_whether_a_module_treats_every_token_alone(kind: Callable[[], nn.Module]
     if tokenwise:  # one chunk, without the tokens of weight 0
         assert [c.call.hidden.shape for c in chunks] == [(1, 9, C)]
         assert all((c.weight > 0).all() for c in chunks)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (2,), (1, 5)])
+def test_a_first_batch_too_short_to_tell(lengths: tuple[int, ...]) -> None:
+    """One token shows nothing; of two, only the second sees the other in a causal module; the longest batch decides."""
+    torch.manual_seed(0)
+    module = CausalMean()
+    inputs = [torch.randn(1, n, C) for n in lengths]
+    examples = [Example(ModuleCall((x,), {}), module(x).detach(), torch.ones(x.shape[:2])) for x in inputs]
+    assert scale_search._as_chunks(module, examples) is examples
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 9, 100])

@@ -113,6 +113,17 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert rough == {key: pytest.approx(value, rel=0.2, abs=1e-6) for key, value in exact.items()}
 
 
+def test_small_gradients_do_not_vanish_in_float16() -> None:
+    """Below 6e-8 a half-precision number is 0; the loss is scaled up so that such gradients keep their ratio."""
+    models = {dtype: build_model("llava", dtype) for dtype in (torch.float32, torch.float16)}
+    for model in models.values():
+        model.lm_head.weight.detach().mul_(2.0**-19)
+    data = [build_batch("llava")]
+    exact = measured(models[torch.float32], data)
+    rough = measured(models[torch.float16], [float_inputs(batch, torch.float16) for batch in data])
+    assert rough == {key: pytest.approx(value, rel=0.2, abs=1e-6) for key, value in exact.items()}
+
+
 def test_nothing_is_left_behind_even_by_an_exception() -> None:
     model = build_model("llava")
     model.lm_head.weight.requires_grad_(False)

@@ -1,0 +1,104 @@
+"""The end-to-end check of a calibration: folding alone must not move the model's logits.
+
+The groups were accepted by looking at one block at a time. What a block's own output does not show is caught
+here: a value that a fold changes and that the model reads somewhere else as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbq_ao.calibration.batch import CalibrationBatch
+from mbq_ao.calibration.capture import forward
+from mbq_ao.calibration.fold import Scaling, folded_parameters
+
+_NUM_POSITIONS = 64  # compared at the end of the batch; logits of every position of a long one would be gigabytes
+
+
+@torch.no_grad()
+def check_logits(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    scalings: Mapping[str, list[Scaling]],
+    batches: list[CalibrationBatch],
+) -> float:
+    """Relative change of the last 64 logits of the smallest batch when every block is folded but not quantized.
+
+    Raises RuntimeError if folding changes what the model computes, or if a folded linear is called from outside
+    its block. The model is left as it was.
+    """
+    batch = min(batches, key=lambda b: b.num_tokens)
+    before = _last_logits(model, batch)
+    with _folded(blocks, scalings):
+        after = _last_logits(model, batch)
+    error = ((after - before).norm() / before.norm().clamp(min=1e-30)).item()
+    precise = all(p.dtype == torch.float32 for b in blocks.values() for p in b.parameters())
+    limit = 1e-3 if precise else 0.1  # half precision: rounding W s once more, through all layers
+    if not error <= limit:
+        raise RuntimeError(
+            f"folding the scales changes the logits by {error:.2g} (relative, limit {limit:g}): the model reads a "
+            "folded value outside its block. Pass scale_groups=[...] without the group at fault, or "
+            "report the architecture"
+        )
+    return error
+
+
+def _last_logits(model: nn.Module, batch: CalibrationBatch) -> Tensor:
+    return forward(model, batch, logits_to_keep=_NUM_POSITIONS)[..., -_NUM_POSITIONS:, :].float()
+
+
+@contextmanager
+def _folded(blocks: Mapping[str, nn.Module], scalings: Mapping[str, list[Scaling]]) -> Iterator[None]:
+    """Inside, the model computes with the folded parameters of all blocks.
+
+    Vectors (norms, biases) are folded all the time. Matrices are folded only while their block runs, because
+    all of them together would be a second model; being called at another time is an error instead.
+    """
+    running: set[str] = set()
+    originals: dict[nn.Parameter, Tensor] = {}
+
+    def replace(block: nn.Module, values: Mapping[str, Tensor]) -> None:
+        for name, value in values.items():
+            parameter = block.get_parameter(name)
+            originals.setdefault(parameter, parameter.data)
+            parameter.data = value
+
+    def enter(block_name: str, block: nn.Module, args: Any) -> None:
+        running.add(block_name)
+        replace(block, {n: v for n, v in folded_parameters(block, scalings[block_name]).items() if v.ndim > 1})
+
+    def leave(block_name: str, block: nn.Module, args: Any, output: Any) -> None:
+        running.discard(block_name)
+        for parameter in block.parameters():
+            if parameter.ndim > 1 and parameter in originals:
+                parameter.data = originals.pop(parameter)
+
+    def refuse_elsewhere(block_name: str, name: str, module: nn.Module, args: Any) -> None:
+        if block_name not in running:
+            raise RuntimeError(
+                f"{block_name}.{name} is called from outside its block, where folding its scales would change the "
+                "result. Pass scale_groups=[...] without this linear, or report the architecture"
+            )
+
+    handles = []
+    try:
+        for block_name, block in blocks.items():
+            values = folded_parameters(block, scalings[block_name])
+            for name in (n.rpartition(".")[0] for n, v in values.items() if v.ndim > 1):
+                guard = partial(refuse_elsewhere, block_name, name)
+                handles.append(block.get_submodule(name).register_forward_pre_hook(guard))
+            handles.append(block.register_forward_pre_hook(partial(enter, block_name)))
+            handles.append(block.register_forward_hook(partial(leave, block_name)))
+            replace(block, {n: v for n, v in values.items() if v.ndim == 1})
+        yield
+    finally:
+        for parameter, data in originals.items():
+            parameter.data = data
+        for handle in handles:
+            handle.remove()

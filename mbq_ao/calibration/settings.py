@@ -1,0 +1,71 @@
+"""What a calibration is asked to do: the quantizer, the recipe, and which tokens count as what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mbq_ao.calibration.batch import CalibrationBatch
+from mbq_ao.calibration.fold import ScaleGroup
+from mbq_ao.calibration.scale_search import Loss
+
+
+class WeightQuantizer(Protocol):
+    """How one weight is quantized; the search and the final model go through the same object."""
+
+    def fake_quantize(self, weight: Tensor) -> Tensor:
+        """What the quantized weight stands for, as a plain tensor."""
+
+    def quantize(self, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
+        """The tensor that will serve."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Where the published code and what we hold to be right differ. See RECIPES."""
+
+    count_padding: bool  # padding takes part in mean|x| and in the unbalanced loss
+    shift_answers: bool  # count the positions that predict an answer token, not the answer's own
+    tie_shared_rows: bool  # scale o_proj under grouped-query attention, one s for all heads of a value head
+    pre_scale_unfolded: bool  # where nothing takes 1/s, keep it as act_pre_scale instead of not scaling
+
+
+RECIPES = {
+    "paper": Recipe(count_padding=True, shift_answers=False, tie_shared_rows=False, pre_scale_unfolded=False),
+    "best": Recipe(count_padding=False, shift_answers=True, tie_shared_rows=True, pre_scale_unfolded=True),
+}
+
+
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """What `mbq_config` asks for; validated there."""
+
+    recipe: Recipe
+    balance: bool
+    loss: Loss
+    propagate_error: bool
+    n_grid: int
+    quantizer: WeightQuantizer
+    scale_groups: Sequence[ScaleGroup] | None = None
+    blocks: Sequence[nn.Module] | None = None
+
+
+@dataclass
+class Masks:
+    """Which tokens count as what, one (B, T) bool tensor a batch."""
+
+    counted: list[Tensor]
+    answer: list[Tensor]
+    vision: list[Tensor]
+
+    @classmethod
+    def of(cls, batches: list[CalibrationBatch], recipe: Recipe) -> Masks:
+        return cls(
+            counted=[torch.ones_like(b.valid) if recipe.count_padding else b.valid for b in batches],
+            answer=[b.predicts_answer() if recipe.shift_answers else b.answer for b in batches],
+            vision=[b.vision for b in batches],
+        )
