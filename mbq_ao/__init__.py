@@ -8,11 +8,14 @@ The tree, and which way imports go (each line imports only from lines above it):
     kernels/               shapes and bits: packed layout, fp32 reference, Triton kernels, the custom op
     quant_primitives.py    choose_qparams, quantize, dequantize: pure torch
     int3_tensor.py         MBQInt3Tensor, the weight that serves; int3_shapes.py: its slices, splits and views
+    fuse_linears.py        linears that read one input: one launch for them
     config.py              torchao configs: how a linear gets such a weight by plain rounding
     calibration/           MBQ itself; never imported at serve time. Start reading at calibration/mbq.py
     quantize.py            mbq_config and quantize_, the front door
     demo/                  a real small vision-language model, and `python -m mbq_ao demo`
 """
+
+import importlib
 
 from mbq_ao._quiet import import_torchao
 
@@ -30,19 +33,25 @@ __all__ = [
     "MBQConfig",
     "MBQInt3Tensor",
     "ScaleGroup",
+    "compile_options",
+    "fuse_linears_",
     "mbq_config",
     "quantize_",
+    "unfuse_linears_",
 ]
 
 
+# Loaded when asked for, so that serving a model imports neither the calibration nor torch.compile's machinery.
+_LAZY = {
+    "CalibrationReport": "mbq_ao.calibration.report",
+    "ScaleGroup": "mbq_ao.calibration.fold",
+    "compile_options": "mbq_ao.fuse_linears",
+    "fuse_linears_": "mbq_ao.fuse_linears",
+    "unfuse_linears_": "mbq_ao.fuse_linears",
+}
+
+
 def __getattr__(name: str) -> object:
-    # Names of the calibration: loaded when asked for, so that serving a model does not import it.
-    if name == "ScaleGroup":
-        from mbq_ao.calibration.fold import ScaleGroup
-
-        return ScaleGroup
-    if name == "CalibrationReport":
-        from mbq_ao.calibration.report import CalibrationReport
-
-        return CalibrationReport
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
-"""The door to the kernels: two `torch.library` ops, opaque to torch.compile, chosen by device inside.
+"""The door to the kernels: `torch.library` ops, opaque to torch.compile, chosen by device inside.
 
     torch.ops.mbq_ao.int3_linear(x, qdata, scale, zero_point, bias, group_size)             -> (..., N) in x.dtype
+    torch.ops.mbq_ao.int3_linear_group(x, [qdata], [scale], [zero_point], [bias], group_size)  -> several at once
     torch.ops.mbq_ao.int3_dequantize(qdata, scale, zero_point, k, group_size, dtype)        -> (N, k) in dtype
 
 What each computes is reference.py. Which code computes it:
@@ -15,12 +16,13 @@ recompilation to a compiled model, and a model compiles on a machine without a G
 import functools
 import importlib.util
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mbq_ao.kernels.layout import check_qdata
+from mbq_ao.kernels.layout import TILE_N, check_qdata
 from mbq_ao.kernels.reference import dequantize_reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -50,6 +52,62 @@ def int3_linear(
 def _(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int) -> Tensor:
     _check_linear(x, qdata, scale, zero_point, bias, group_size)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+@torch.library.custom_op("mbq_ao::int3_linear_group", mutates_args=())
+def int3_linear_group(
+    x: Tensor,
+    qdata: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    group_size: int,
+) -> Tensor:
+    """Several `int3_linear` of one x, (..., sum of N), in one launch where their data lie one after the other.
+
+    One tensor a weight in each list; no bias at all is []. Every weight but the last needs a multiple of 32 rows to
+    be laid together; if they are not, or do not lie together, they are computed one by one. Errors as there.
+    """
+    if not any(s.shape[0] % TILE_N for s in scale[:-1]):
+        weight = [part for tensors in (qdata, scale, zero_point) if (part := _joined(tensors)) is not None]
+        joined_bias = _joined(bias)
+        if len(weight) == 3 and (joined_bias is not None or not bias):
+            return int3_linear(x, *weight, joined_bias, group_size)
+    biases = bias or [None] * len(qdata)
+    calls = zip(qdata, scale, zero_point, biases, strict=True)
+    return torch.cat([int3_linear(x, *weight, group_size) for weight in calls], -1)
+
+
+@int3_linear_group.register_fake
+def _(
+    x: Tensor,
+    qdata: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    zero_point: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    group_size: int,
+) -> Tensor:
+    for i, weight in enumerate(zip(qdata, scale, zero_point, strict=True)):
+        _check_linear(x, *weight, bias[i] if bias else None, group_size)
+    return x.new_empty((*x.shape[:-1], sum(s.shape[0] for s in scale)))
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
+    """One view over tensors that follow one another along dimension 0 in one storage, or None if they do not."""
+    if not tensors:
+        return None
+    first, size, end = tensors[0], 0, tensors[0].storage_offset()
+    for t in tensors:
+        same = (
+            t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+            and t.stride() == first.stride()
+            and t.shape[1:] == first.shape[1:]
+            and t.dtype == first.dtype
+        )
+        if not same or t.storage_offset() != end:
+            return None
+        size, end = size + t.shape[0], end + t.shape[0] * t.stride(0)
+    return first.as_strided((size, *first.shape[1:]), first.stride())
 
 
 @torch.library.custom_op("mbq_ao::int3_dequantize", mutates_args=())

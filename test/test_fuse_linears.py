@@ -1,0 +1,194 @@
+"""Linears that read one input: laid together in memory, merged under torch.compile, and taken apart again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from models import build_batch, build_model, model_inputs
+from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
+
+from mbq_ao import Int3WeightOnlyConfig, MBQInt3Tensor, compile_options, fuse_linears_, quantize_, unfuse_linears_
+
+K = 64
+
+
+class Readers(nn.Module):
+    """Linears of one input, one of another, with and without a bias."""
+
+    def __init__(self, sizes: tuple[int, ...] = (96, 32, 40), bias: bool = False, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.c = (nn.Linear(K, n, bias) for n in sizes)
+        self.after = nn.Linear(K, K, bias)
+        quantize_(self.to(dtype), Int3WeightOnlyConfig(group_size=32))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.a(x), self.b(x), self.c(x), self.after(x.sigmoid())
+
+
+def storages(model: nn.Module) -> dict[int, int]:
+    """Address -> bytes of the memory that weights and biases lie in."""
+    tensors = [getattr(m.weight, n) for m in model.modules() if isinstance(m, nn.Linear) for n in ("qdata", "scale")]
+    tensors += [m.bias for m in model.modules() if isinstance(m, nn.Linear) and m.bias is not None]
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+
+
+def counted(model: nn.Module, x: Tensor) -> tuple[Any, Counter[str]]:
+    """The compiled model's result, and how often it calls each of our ops."""
+    torch._dynamo.reset()
+    compiled = torch.compile(model, options=compile_options(), fullgraph=True)
+    with torch.no_grad():
+        result, (code, *_) = run_and_get_code(compiled, x)
+    names = ("int3_linear.default(", "int3_linear_group.default(")
+    return result, Counter({name[:-9]: code.count(f"torch.ops.mbq_ao.{name}") for name in names})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+def test_laid_together_and_taken_apart(bias: bool) -> None:
+    model = Readers(bias=bias)
+    x = torch.randn(3, K)
+    expected, before = model(x), storages(model)
+    assert fuse_linears_(model) == [["a", "b", "c"]]  # c's 40 rows end within a tile, so `after` lies alone
+    fused = storages(model)
+    assert len(fused) == (6 if bias else 4) and len(before) == (12 if bias else 8)
+    assert sum(fused.values()) == sum(before.values())
+    for ours, theirs in zip(model(x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    unfuse_linears_(model)
+    assert len(storages(model)) == len(before)
+    assert sum(storages(model).values()) == sum(before.values())
+    assert model.a.weight.qdata.storage_offset() == 0 == model.b.weight.qdata.storage_offset()
+    for ours, theirs in zip(model(x), expected, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_calls_on_one_input_become_one(bias: bool, rows: int) -> None:
+    model, x = Readers(bias=bias), torch.randn(rows, K)
+    expected = model(x)
+    fuse_linears_(model)
+    results, calls = counted(model, x)
+    assert calls == {"int3_linear_group": 1, "int3_linear": 1}
+    for ours, theirs in zip(results, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+        assert ours.is_contiguous() and ours.shape == theirs.shape
+
+
+def test_one_launch_where_the_weights_lie_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mbq_ao.kernels import ops
+
+    model, x = Readers(), torch.randn(2, K)
+    rows: list[int] = []
+
+    def spy(x: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
+        rows.append(rest[0].shape[0])
+        return original(x, qdata, *rest)
+
+    original = ops.int3_linear
+    monkeypatch.setattr(ops, "int3_linear", spy)
+
+    def group(*linears: nn.Linear) -> Tensor:
+        lists = ([getattr(m.weight, n) for m in linears] for n in ("qdata", "scale", "zero_point"))
+        return torch.ops.mbq_ao.int3_linear_group(x, *lists, [], 32)
+
+    apart = group(model.a, model.b, model.c)
+    assert rows == [96, 32, 40]
+    fuse_linears_(model)
+    assert torch.equal(group(model.a, model.b, model.c), apart)
+    assert rows[3:] == [168]
+    assert torch.equal(group(model.a, model.c), torch.cat([apart[:, :96], apart[:, 128:]], 1))  # not neighbours
+    assert rows[4:] == [96, 40]
+
+
+def test_weights_that_end_within_a_tile_are_not_read_as_one() -> None:
+    """Laid together by hand: 60 and 40 rows are two tiles each, 100 would be one view of four."""
+    model = Readers((60, 40, 32))
+    x = torch.randn(2, K)
+    expected = torch.cat([model.a(x), model.b(x)], 1)
+    lists = []
+    for name in ("qdata", "scale", "zero_point"):
+        parts = [getattr(m.weight, name) for m in (model.a, model.b)]
+        lists.append(torch.cat(parts).split([p.shape[0] for p in parts]))
+    assert torch.equal(torch.ops.mbq_ao.int3_linear_group(x, *lists, [], 32), expected)
+
+
+def test_the_group_op_keeps_the_laws_of_custom_ops() -> None:
+    model = Readers(bias=True)
+    fuse_linears_(model)
+    linears = (model.a, model.b)
+    lists = [[getattr(m.weight, n) for m in linears] for n in ("qdata", "scale", "zero_point")]
+    biases = [m.bias.detach() for m in linears]
+    torch.library.opcheck(torch.ops.mbq_ao.int3_linear_group.default, (torch.randn(2, K), *lists, biases, 32))
+    with pytest.raises(ValueError, match="K is the last dimension of x"):
+        torch.ops.mbq_ao.int3_linear_group(torch.randn(2, 3 * K), *lists, biases, 32)
+
+
+def test_what_is_not_laid_together() -> None:
+    def fused(*linears: nn.Module) -> list[list[str]]:
+        return fuse_linears_(nn.Sequential(*linears))
+
+    def linear(n: int = 32, k: int = K, group_size: int = 32, bias: bool = False, dtype: Any = torch.float32) -> Any:
+        module = nn.Linear(k, n, bias, dtype=dtype)
+        quantize_(module, Int3WeightOnlyConfig(group_size=group_size))
+        return module
+
+    assert fused(linear(), linear()) == [["0", "1"]]
+    assert fused(linear(), nn.Identity(), linear()) == []
+    assert fused(linear(40), linear()) == []
+    assert fused(linear(40), linear(), linear(40), linear()) == [["1", "2"]]
+    assert fused(linear(), linear(k=128)) == []
+    assert fused(linear(), linear(group_size=64)) == []
+    assert fused(linear(), linear(bias=True)) == []
+    assert fused(linear(), linear(dtype=torch.bfloat16)) == []
+    assert fused(nn.Linear(K, 32), nn.Linear(K, 32)) == []
+
+
+def test_a_model_of_many_layers() -> None:
+    model, inputs = build_model("qwen2_5_vl"), model_inputs(build_batch("qwen2_5_vl"))
+    language_model = model.model.language_model
+    quantize_(language_model, Int3WeightOnlyConfig(group_size=32))
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        names = fuse_linears_(model)
+        assert len(names) == 4 and names[0] == [
+            f"model.language_model.layers.0.self_attn.{n}_proj" for n in ("q", "k", "v")
+        ]
+        assert torch.equal(model(**inputs).logits, expected)
+    layer = language_model.layers[0]
+    hidden = torch.randn(1, 1, K)
+    result, calls = counted(layer.mlp, hidden)
+    assert calls == {"int3_linear_group": 1, "int3_linear": 1}
+    torch.testing.assert_close(result, layer.mlp(hidden), rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_is_changed_if_it_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Readers()
+    before = {name: id(p) for name, p in model.named_parameters()}
+    replace, calls = MBQInt3Tensor._replace, iter(range(100))
+
+    def failing(self: MBQInt3Tensor, **changes: Any) -> MBQInt3Tensor:
+        if next(calls) == 2:
+            raise MemoryError
+        return replace(self, **changes)
+
+    monkeypatch.setattr(MBQInt3Tensor, "_replace", failing)
+    with pytest.raises(MemoryError):
+        fuse_linears_(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+
+
+def test_a_state_dict_survives(tmp_path: Any) -> None:
+    model = Readers(bias=True)
+    expected = model(torch.ones(2, K))
+    fuse_linears_(model)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    other = Readers(bias=True)
+    other.load_state_dict(torch.load(tmp_path / "model.pt", weights_only=True), assign=True)
+    for ours, theirs in zip(other(torch.ones(2, K)), expected, strict=True):
+        assert torch.equal(ours, theirs)
