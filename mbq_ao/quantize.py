@@ -172,9 +172,7 @@ def quantize_(
         device=None if device is None else torch.device(device),
         progress=progress,
     )
-    plan.apply()
-    if device is not None:
-        model.to(device)
+    plan.apply(model, None if device is None else torch.device(device))
     report.settings = {
         name: getattr(config, name)
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")

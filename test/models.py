@@ -166,11 +166,9 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "cohere": lambda: tf.CohereConfig(**_text()),
     "olmo2": lambda: tf.Olmo2Config(**_text()),
     "qwen3": lambda: tf.Qwen3Config(**_text()),
-    "qwen2": lambda: tf.Qwen2Config(**_text()),  # grouped-query attention with biases
-    "qwen2_mha": lambda: tf.Qwen2Config(**_text(num_key_value_heads=4)),
     "starcoder2": lambda: tf.Starcoder2Config(**_text()),
 }
-TEXT_ONLY = ("llama", "llama_mha", "opt", "phi3", "cohere", "olmo2", "qwen3", "qwen2", "qwen2_mha", "starcoder2")
+TEXT_ONLY = ("llama", "llama_mha", "opt", "phi3", "cohere", "olmo2", "qwen3", "starcoder2")
 NUM_IMAGE_TOKENS = {"llava_onevision": 10, "internvl": 1, "smolvlm": 1, "mllama": 1}
 
 

@@ -71,10 +71,11 @@ def collect_batches(
             "calib_data is empty: got no batch; pass at least one dict as a transformers processor returns "
             "it (a generator that was read before is exhausted: pass a list)"
         )
-    unlabelled = [i for i, b in enumerate(batches) if not b.answer.any()]
+    # The token at position 0 is predicted by nothing.
+    unlabelled = [i for i, b in enumerate(batches) if not b.predicts_answer().any()]
     if unlabelled:
         raise ValueError(
-            f"labels of calibration batch {unlabelled[0]} are all {IGNORE_INDEX}: no answer token to "
+            f"labels of calibration batch {unlabelled[0]} are all {IGNORE_INDEX} after the first token: no answer to "
             f"calibrate for ({len(unlabelled)} of {len(batches)} batches); label the answer tokens with "
             "their ids, or drop the batch"
         )
@@ -140,6 +141,7 @@ def _make_batch(model: nn.Module, raw: Mapping[str, Any], index: int, device: to
             )
             answer = valid & ~vision
         labels = ids.masked_fill(~answer, IGNORE_INDEX)
+    labels = labels.long()
     if answer is None:
         answer = labels != IGNORE_INDEX
     return CalibrationBatch(inputs, labels, vision, answer, valid)

@@ -99,10 +99,13 @@ class BlockCalibrator:
             recorder = Seen()
             inspected = self.block.get_submodule(group.inspect or "")
             linear = self.block.get_submodule(group.linears[0])
-            handles = [
-                inspected.register_forward_hook(recorder.record_call, with_kwargs=True),
-                linear.register_forward_hook(recorder.record_input),
-            ]
+            handles = (
+                module.register_forward_hook(hook, with_kwargs=with_kwargs)
+                for module, hook, with_kwargs in (
+                    (inspected, recorder.record_call, True),
+                    (linear, recorder.record_input, False),
+                )
+            )
             with hooked(handles):
                 self._call(stream, distorted).run(self.block, parameters)
             seen.append(recorder)

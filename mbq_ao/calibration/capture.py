@@ -121,12 +121,14 @@ class BlockStream:
 
 @contextmanager
 def hooked(handles: Iterable[Any]) -> Iterator[None]:
-    """Remove the hooks at the end, whatever happens."""
-    handles = list(handles)
+    """Remove the hooks at the end, whatever happens. A generator of handles registers them in here."""
+    registered = []
     try:
+        for handle in handles:
+            registered.append(handle)  # one by one: an interrupt leaves none behind
         yield
     finally:
-        for handle in handles:
+        for handle in registered:
             handle.remove()
 
 
@@ -162,9 +164,9 @@ def capture_streams(
         stream = BlockStream()
         hooks = (
             block.register_forward_hook(
-                partial(_record_call, stream, f"{name} on calibration batch {number}"), with_kwargs=True
+                partial(_record_call, stream, index, f"{name} on calibration batch {number}"), with_kwargs=True
             )
-            for name, block in blocks.items()
+            for index, (name, block) in enumerate(blocks.items())
         )
         with hooked(hooks):
             forward(model, batch, logits_to_keep=1)
@@ -180,12 +182,18 @@ def capture_streams(
 
 def _record_call(
     stream: BlockStream,
+    index: int,
     where: str,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
+    if index != len(stream.calls):
+        raise RuntimeError(
+            f"the model runs {where} as its block number {len(stream.calls)}, where number {index} was expected: every "
+            "block must run once and in the order of blocks=[...]"
+        )
     call = ModuleCall.record(args, kwargs)
     if not torch.isfinite(call.hidden).all():
         raise ValueError(

@@ -77,7 +77,8 @@ def _folded(blocks: Mapping[str, nn.Module], scalings: Mapping[str, list[Scaling
         running.discard(block_name)
         for parameter in block.parameters():
             if parameter.ndim > 1 and parameter in originals:
-                parameter.data = originals.pop(parameter)
+                parameter.data = originals[parameter]
+                del originals[parameter]  # not before it is back: an interrupt must find it here
 
     def refuse_elsewhere(block_name: str, name: str, module: nn.Module, args: Any) -> None:
         if block_name not in running:

@@ -25,13 +25,14 @@ activations of one block for one batch at a time, no weight gradients; and logit
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
 from mbq_ao.calibration.batch import collect_batches
@@ -53,16 +54,26 @@ class Plan:
 
     parameters: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
 
-    def apply(self) -> None:
-        """Set every parameter, or none: an exception in between (Ctrl-C too) puts the old ones back."""
-        old = [(module, name, module._parameters[name]) for module, name, _ in self.parameters]
+    def apply(self, model: nn.Module, device: torch.device | None = None) -> None:
+        """Set every parameter and move the model to `device` (None: leave it where it is), or do nothing.
+
+        An exception in between (out of memory, Ctrl-C) puts the old parameters back, where they were.
+        """
+        homes = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+        tables = [(table, dict(table)) for m in model.modules() for table in (m._parameters, m._buffers)]
         try:
-            for (module, name, value), (_, _, before) in zip(self.parameters, old, strict=True):
+            for module, name, value in self.parameters:
+                before = module._parameters[name]
                 trainable = before is not None and before.requires_grad and not hasattr(value, "quantized_nbytes")
                 module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
+            if device is not None:
+                model.to(device)
         except BaseException:
-            for module, name, parameter in old:
-                module._parameters[name] = parameter
+            for table, entries in tables:
+                table.update(entries)
+            for tensor, data in homes:
+                if not is_traceable_wrapper_subclass(tensor):  # `Module.to` makes new parameters of those
+                    tensor.data = data
             raise
 
 
@@ -80,6 +91,11 @@ def calibrate(
     device: where to compute; the decoder layers are copied there one at a time. None: where they are.
     """
     begin = time.perf_counter()
+    if torch.is_inference_mode_enabled():
+        raise ValueError(
+            "mbq_config needs gradients of the activations, which torch.inference_mode() rules out; call quantize_ "
+            "outside of it (torch.no_grad() is fine)"
+        )
     check_model(model)
     blocks = find_blocks(model, settings.blocks)
     selected = _selected_linears(blocks, filter_fn)
@@ -139,6 +155,7 @@ def find_groups(
     owners: of each parameter of the model. One that other modules own as well is never folded. Raises ValueError
     if a group of `settings.scale_groups` asks for it.
     """
+    _check_disjoint(settings.scale_groups or ())
     stream = min(streams, key=lambda s: s.hidden.numel() if s.hidden.shape[-2] > 1 else float("inf"))
     known: dict[tuple[Any, ...], list[ScaleGroup]] = {}
     result = {}
@@ -160,6 +177,14 @@ def find_groups(
             if _is_scaled(group, block, settings.recipe) and any(n in selected[name] for n in group.linears)
         ]
     return result
+
+
+def _check_disjoint(groups: Sequence[ScaleGroup]) -> None:
+    owners: dict[str, ScaleGroup] = {}
+    for group in groups:
+        for name in group.linears:
+            if owners.setdefault(name, group) is not group:
+                raise ValueError(f"{name} is in two of scale_groups: {owners[name]} and {group}; put it in one")
 
 
 def _unshared(
@@ -193,8 +218,8 @@ def _is_scaled(group: ScaleGroup, block: nn.Module, recipe: Recipe) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode (no dropout), and back to each module's own mode at the end."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:

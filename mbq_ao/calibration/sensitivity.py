@@ -70,10 +70,10 @@ def modality_sensitivity(
                 if output.requires_grad:
                     output.register_hook(partial(measure, key, masks))
 
-            handles = [
+            handles = (
                 blocks[block].get_submodule(name).register_forward_hook(partial(watch, (block, name), masks))
                 for block, name in inspected
-            ]
+            )
             with hooked(handles):
                 _loss(model, batch).backward()
             on_batch()
@@ -81,7 +81,10 @@ def modality_sensitivity(
 
 
 def floor_at_median(ratios: Mapping[ModuleName, float]) -> dict[ModuleName, float]:
-    """max(r, median of r over the blocks), apart for each inspected module of a block (attention, MLP)."""
+    """max(r, median of r over the blocks), apart for each inspected module of a block (attention, MLP).
+
+    Only over blocks that are calibrated: leaving some out (filter_fn, blocks) moves the median.
+    """
     by_name: dict[str, list[float]] = {}
     for (_, name), r in ratios.items():
         by_name.setdefault(name, []).append(r)
@@ -143,7 +146,7 @@ def _gradients_of_activations_only(model: nn.Module, blocks: Mapping[str, nn.Mod
             yield
     finally:
         for block, forward_attribute in own_forward.items():
-            del block.__dict__["forward"]
+            block.__dict__.pop("forward", None)
             if forward_attribute is not None:
                 block.__dict__["forward"] = forward_attribute
         for p in required:

@@ -13,7 +13,7 @@ from models import assert_unchanged, build_batch, build_model, snapshot
 from torch import nn
 
 from mbq_ao import Int3WeightOnlyConfig, MBQInt3Tensor, ScaleGroup, mbq_config, quantize_
-from mbq_ao.calibration import mbq
+from mbq_ao.calibration import mbq, sensitivity
 from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
 LAYERS = "model.language_model.layers"
@@ -87,11 +87,12 @@ calibration batch 0 needs input_ids of shape (B, T) or inputs_embeds of shape (B
 def test_labels_without_an_answer(model: nn.Module) -> None:
     batch = build_batch("llava")
     batch["labels"] = torch.full_like(batch["labels"], -100)
+    batch["labels"][:, 0] = 5  # nothing predicts it
     expect(
         refused(model, [build_batch("llava"), batch]),
         """\
-labels of calibration batch 1 are all -100: no answer token to calibrate for (1 of 2 batches); label the answer \
-tokens with their ids, or drop the batch""",
+labels of calibration batch 1 are all -100 after the first token: no answer to calibrate for (1 of 2 batches); label \
+the answer tokens with their ids, or drop the batch""",
     )
 
 
@@ -253,6 +254,33 @@ def test_blocks_that_do_not_run(model: nn.Module) -> None:
     )
 
 
+def test_blocks_in_another_order(model: nn.Module) -> None:
+    layers = list(model.get_decoder().layers)
+    text = refused(model, [build_batch("llava")], RuntimeError, blocks=layers[::-1])
+    assert "runs model.language_model.layers.0 on calibration batch 0 as its block number 0, where number 1" in text
+
+
+def test_a_linear_in_two_groups(model: nn.Module) -> None:
+    groups = [ScaleGroup(("mlp.gate_proj", "mlp.up_proj")), ScaleGroup(("mlp.up_proj",))]
+    assert "mlp.up_proj is in two of scale_groups" in refused(model, [build_batch("llava")], scale_groups=groups)
+
+
+def test_inference_mode(model: nn.Module) -> None:
+    with torch.inference_mode():
+        assert "call quantize_ outside of it" in refused(model, [build_batch("llava")])
+
+
+def test_labels_of_int32_are_labels(model: nn.Module) -> None:
+    batch = build_batch("llava")
+    wide, narrow = (
+        quantize_(
+            build_model("llava"), mbq_config([{**batch, "labels": labels}], group_size=32, n_grid=2), progress=False
+        )
+        for labels in (batch["labels"], batch["labels"].int())
+    )
+    assert [g.losses for g in wide.groups] == [g.losses for g in narrow.groups]
+
+
 def test_a_filter_that_matches_nothing(model: nn.Module) -> None:
     expect(
         refused(model, [build_batch("llava")], filter_fn=lambda module, fqn: False),
@@ -327,11 +355,58 @@ def test_interrupted_while_the_plan_is_applied(model: nn.Module, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(mbq.nn, "Parameter", interrupting_parameter)
         with pytest.raises(KeyboardInterrupt):
-            plan.apply()
+            plan.apply(model)
     assert next(calls) == 6
     assert_unchanged(model, before)
-    plan.apply()
+    plan.apply(model)
     assert quantized(model)
+
+
+def test_a_move_that_fails_leaves_nothing_quantized(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(model)
+    model_to = nn.Module.to
+
+    def failing(self: nn.Module, *args: Any) -> nn.Module:
+        if self is not model:
+            return model_to(self, *args)
+        for parameter in list(self.parameters())[:3]:
+            parameter.data = parameter.data.double()  # a part of the model has moved by then
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(nn.Module, "to", failing)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), device="cpu", progress=False)
+    monkeypatch.undo()
+    assert_unchanged(model, before)
+
+
+def test_interrupted_before_the_sensitivity_pass_has_begun(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its clean-up must not stumble over blocks that were not prepared yet."""
+
+    def interrupting_partial(*args: Any, **kwargs: Any) -> Any:
+        raise KeyboardInterrupt
+
+    before = snapshot(model)
+    trainable = [p.requires_grad for p in model.parameters()]
+    monkeypatch.setattr(sensitivity, "partial", interrupting_partial)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+    assert_unchanged(model, before)
+    assert [p.requires_grad for p in model.parameters()] == trainable
+
+
+def test_interrupted_while_switching_to_evaluation(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    model.train()
+    original = type(model).eval
+
+    def interrupting_eval(self: nn.Module) -> nn.Module:
+        original(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(model), "eval", interrupting_eval)
+    with pytest.raises(KeyboardInterrupt):
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+    assert all(module.training for module in model.modules())
 
 
 def settings_of(**options: Any) -> CalibrationSettings:
