@@ -2,6 +2,8 @@
 
 layout.py        where bit b of weight (n, k) lives: pack and unpack
 reference.py     every op in plain fp32 torch: the spec and the oracle
-int3_linear.py   the Triton kernels, imported only where they can run
+int3_linear.py   the Triton kernels, imported only where they can run; which of them serves how many rows
+int3_gemm.py     the one for many rows: weights dequantized in registers
+gemm_config.py   how it is cut, and up to how many rows it serves
 ops.py           torch.ops.mbq_ao.*, the only door
 """

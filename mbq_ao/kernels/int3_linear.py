@@ -4,7 +4,7 @@
 
     y[m, n] = sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero_point[n, k // g]) + bias[n]
 
-Few rows of x (up to 64, decoding): `_linear_kernel`, the dot product on tensor cores from one row up, weights as
+Up to 16 rows of x (decoding): `_linear_kernel`, the dot product on tensor cores from one row up, weights as
 operand A straight from the packed fragments, x as operand B. A program computes 32 rows of the weight, one row
 tile, for BLOCK_M rows of x; its warps take column tiles in turn and are summed in a fixed order at the end.
 The operand is never a dequantized weight:
@@ -17,14 +17,11 @@ The operand is never a dequantized weight:
 After each group: acc += scale * (dot - zero_point * sum(x)). The sum of x over the group is a dot with a matrix
 of ones, so it arrives in the registers that need it; both sums are fp32, and zero points stay integers.
 
-Many rows, or fp32: `_dequantize_kernel` once, then torch's own matmul, which is at its peak there.
+More rows: int3_gemm.py, up to where gemm_config.py finds that dequantizing once costs less. From there, and for
+fp32: `_dequantize_kernel`, then torch's own matmul, in parts of TRANSIENT_BYTES of weight: no second copy is kept.
 
 INTERPRETED is for Triton's interpreter, which takes a bf16 dot product of the bit patterns and truncates to bf16.
 """
-
-import contextlib
-import os
-from typing import Any
 
 import torch
 import triton
@@ -32,9 +29,13 @@ import triton.language as tl
 from torch import Tensor
 
 from mbq_ao.kernels.fragments import operand_of_pair, operand_of_slab, unpack_bf16, unpack_fp16
+from mbq_ao.kernels.gemm_config import fused_serves
+from mbq_ao.kernels.int3_gemm import int3_gemm_triton
+from mbq_ao.kernels.launch import capability_of, interpreted, on_device, with_inner_contiguous
 from mbq_ao.kernels.layout import TILE_K, TILE_N
 
-MAX_ROWS = 64  # of x for the fused kernel; beyond, unpacking once and a large matmul cost less
+MAX_ROWS = 16  # of x for `_linear_kernel`
+TRANSIENT_BYTES = 128 << 20  # of dequantized weight at a time
 
 
 @triton.jit
@@ -215,16 +216,19 @@ def int3_linear_triton(
     num_rows = rows.shape[0]
     if num_rows == 0 or n == 0:
         return x.new_empty((*x.shape[:-1], n))
-    if x.dtype == torch.float32 or num_rows > MAX_ROWS:
-        weight = int3_dequantize_triton(qdata, scale, zero_point, k, group_size, x.dtype)
-        return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if x.dtype == torch.float32:
+        return _dequantize_and_matmul(x, qdata, scale, zero_point, bias, group_size)
+    if num_rows > MAX_ROWS:
+        serves = fused_serves(num_rows, n, k, group_size, x.dtype, capability_of(x.device))
+        many = int3_gemm_triton if serves else _dequantize_and_matmul
+        return many(x, qdata, scale, zero_point, bias, group_size)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    qdata, scale, zero_point = _with_inner_contiguous(qdata, scale, zero_point)
+    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
     y = torch.empty((num_rows, n), device=x.device, dtype=torch.float32 if interpreted() else x.dtype)
-    block_m = 8 if num_rows <= 8 else 16 if num_rows <= 16 else 32
+    block_m = 8 if num_rows <= 8 else 16
     num_row_tiles = qdata.shape[0]
     warps = min(_num_warps(num_row_tiles, block_m), triton.next_power_of_2(qdata.shape[1]))
-    with _on_device(x):
+    with on_device(x):
         _linear_kernel[(num_row_tiles, triton.cdiv(num_rows, block_m))](
             rows,
             qdata,
@@ -253,6 +257,33 @@ def int3_linear_triton(
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
+def _dequantize_and_matmul(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """The weight dequantized in x's dtype, TRANSIENT_BYTES of it at a time, and torch's own matmul."""
+    k, n = x.shape[-1], scale.shape[0]
+    bias = None if bias is None else bias.to(x.dtype)
+    num_tiles = qdata.shape[0]
+    tiles = max(1, TRANSIENT_BYTES // (TILE_N * k * x.element_size()))
+    if tiles >= num_tiles:
+        weight = int3_dequantize_triton(qdata, scale, zero_point, k, group_size, x.dtype)
+        return torch.nn.functional.linear(x, weight, bias)
+    rows = x.reshape(-1, k)
+    y = x.new_empty((rows.shape[0], n))
+    tiles = -(-num_tiles // -(-num_tiles // tiles))  # parts of one size
+    for tile in range(0, num_tiles, tiles):
+        part = slice(tile * TILE_N, (tile + tiles) * TILE_N)
+        weight = int3_dequantize_triton(
+            qdata[tile : tile + tiles], scale[part], zero_point[part], k, group_size, x.dtype
+        )
+        if bias is None:
+            torch.mm(rows, weight.t(), out=y[:, part])
+        else:
+            torch.addmm(bias[part], rows, weight.t(), out=y[:, part])
+        del weight  # or the next part would be written beside it
+    return y.view(*x.shape[:-1], n)
+
+
 def _num_warps(num_row_tiles: int, block_m: int) -> int:
     """How many warps share a row tile: more of them where there are few programs to fill a device."""
     if block_m > 8 or num_row_tiles > 512:
@@ -264,11 +295,11 @@ def int3_dequantize_triton(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """`ops.int3_dequantize` by the Triton kernel; arguments as checked there."""
-    qdata, scale, zero_point = _with_inner_contiguous(qdata, scale, zero_point)
+    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
     n = scale.shape[0]
     w = torch.empty((n, k), device=qdata.device, dtype=torch.float32 if interpreted() else dtype)
     if w.numel():
-        with _on_device(qdata):
+        with on_device(qdata):
             _dequantize_kernel[(-(-n // TILE_N), -(-k // TILE_K))](
                 qdata,
                 scale,
@@ -285,23 +316,3 @@ def int3_dequantize_triton(
                 enable_fp_fusion=True,
             )
     return w.to(dtype)
-
-
-def interpreted() -> bool:
-    """Whether the kernels are run by Triton's interpreter, which knows no assembly."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def _with_inner_contiguous(qdata: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slices are passed on as views; a tile must be one run of memory, and so must a row of scales."""
-    if qdata.stride()[2:] != (256, 8, 1):
-        qdata = qdata.contiguous()
-    return (
-        qdata,
-        scale if scale.stride(1) == 1 else scale.contiguous(),
-        zero_point if zero_point.stride(1) == 1 else zero_point.contiguous(),
-    )
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

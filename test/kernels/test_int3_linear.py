@@ -13,12 +13,14 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
+from mbq_ao.kernels import int3_linear  # noqa: E402
+from mbq_ao.kernels.int3_gemm import int3_gemm_triton  # noqa: E402
 from mbq_ao.kernels.int3_linear import (  # noqa: E402
     MAX_ROWS,
     int3_dequantize_triton,
     int3_linear_triton,
-    interpreted,
 )
+from mbq_ao.kernels.launch import interpreted  # noqa: E402
 from mbq_ao.kernels.layout import pack_int3  # noqa: E402
 from mbq_ao.kernels.reference import dequantize_reference, int3_linear_reference  # noqa: E402
 
@@ -152,6 +154,40 @@ def test_dequantize_is_the_reference_bit_for_bit(group_size: int | None, dtype: 
     _, qdata, scale, zero_point, _, g = problem(1, 40, 300, group_size, dtype)
     w = int3_dequantize_triton(qdata, scale, zero_point, 300, g, dtype)
     torch.testing.assert_close(w, dequantize_reference(qdata, scale, zero_point, 300, g, dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_the_dequantized_weight_is_held_in_parts(with_bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = problem(65, 140, 256, 128, torch.float16)
+    args[4] = args[4] if with_bias else None
+    limit, sizes = 2 * 32 * 256 * 2, []
+
+    def dequantize(*arguments) -> Tensor:
+        weight = int3_dequantize_triton(*arguments)
+        sizes.append(weight.nbytes)
+        return weight
+
+    monkeypatch.setattr(int3_linear, "fused_serves", lambda *_: False)
+    monkeypatch.setattr(int3_linear, "int3_dequantize_triton", dequantize)
+    monkeypatch.setattr(int3_linear, "TRANSIENT_BYTES", limit)
+    assert_matches_reference(int3_linear_triton(*args), args)
+    assert len(sizes) == 3
+    assert max(sizes) == limit
+
+
+@pytest.mark.parametrize("serves", [True, False])
+def test_many_rows_go_where_the_model_says(serves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = problem(MAX_ROWS + 1, 32, 128, 128, torch.float16)
+    fused = []
+
+    def gemm(*arguments) -> Tensor:
+        fused.append(arguments)
+        return int3_gemm_triton(*arguments)
+
+    monkeypatch.setattr(int3_linear, "fused_serves", lambda *_: serves)
+    monkeypatch.setattr(int3_linear, "int3_gemm_triton", gemm)
+    assert_matches_reference(int3_linear_triton(*args), args)
+    assert len(fused) == serves
 
 
 @pytest.mark.gpu
