@@ -141,7 +141,7 @@ def place(bf16: bool, by_block: bool, pair: int, slab: int, block: int) -> int:
     plane, field = FIELDS[pair][slab][block]
     if by_block:
         return ((0, 3, 0, 3, plane, 3) if bf16 else (0, 3, 6, plane, 3 + plane, 6))[field]
-    return ((0, 3, 0, 0, 3, 0) if bf16 else (0, 3, 6, 0, 3, 6))[field]
+    return ((0, 0), (3, 3), (0, 0), (3, 0))[pair][slab] if bf16 else ((0, 0), (3, 3), (6, 6), (0, 3))[pair][slab]
 
 
 @triton.constexpr_function
@@ -274,12 +274,12 @@ def operand_of_halves(LOW: tl.constexpr, HIGH: tl.constexpr, WARPS: tl.constexpr
 
 
 @triton.jit
-def operands_of_x(v, WARPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Operand B, (WARPS, 16, COLUMNS), of both slabs of a pair, from (WARPS, column, t, 8): v[w, n, t, e] is
+def operands_of_x(v, WARPS: tl.constexpr):
+    """Operand B, (WARPS, 16, 8), of both slabs of a pair, from (WARPS, column, t, 8): v[w, n, t, e] is
     x[32 pair + 8 t + e] of column n."""
-    v = v.reshape(WARPS, COLUMNS, 4, 2, 2, 2)  # warp, column, t, slab, hi, odd
+    v = v.reshape(WARPS, 8, 4, 2, 2, 2)  # warp, column, t, slab, hi, odd
     v0, v1 = tl.split(v.permute(0, 4, 2, 5, 1, 3))
-    return v0.reshape(WARPS, 16, COLUMNS), v1.reshape(WARPS, 16, COLUMNS)
+    return v0.reshape(WARPS, 16, 8), v1.reshape(WARPS, 16, 8)
 
 
 @triton.jit

@@ -45,6 +45,7 @@ from mbq_ao.kernels.fragments import (
     operands_of_x,
     place,
     places_of,
+    unpack_bf16,
     unpack_bf16_by_block,
     unpack_fp16,
     unpack_fp16_by_block,
@@ -77,9 +78,9 @@ def _factor(bf16, by_block, block, i):
 
 
 @triton.constexpr_function
-def _offset(pair, slab, block):
+def _offset(by_block, pair, slab, block):
     """bf16: the constant in the operand, 128, as a multiple of what the value is multiplied by."""
-    return 128 * 2.0 ** -place(True, True, pair, slab, block)
+    return 128 * 2.0 ** -place(True, by_block, pair, slab, block)
 
 
 @triton.jit
@@ -90,9 +91,18 @@ def _dot(a, b, acc, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _pin(INTERPRETED: tl.constexpr):
+    if not INTERPRETED:
+        tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1)
+
+
+@triton.jit
 def _unpack(a, b, c, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
     if BF16:
-        return unpack_bf16_by_block(a, b, c, INTERPRETED)
+        if BY_BLOCK:
+            return unpack_bf16_by_block(a, b, c, INTERPRETED)
+        else:
+            return unpack_bf16(a, b, c, INTERPRETED)
     elif BY_BLOCK:
         return unpack_fp16_by_block(a, b, c, INTERPRETED)
     else:
@@ -100,17 +110,19 @@ def _unpack(a, b, c, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED: tl
 
 
 @triton.jit
-def _load_tile(words, tile, num_tiles, needed, EVEN: tl.constexpr):
-    """The three planes of one tile a warp.  tile: (WARPS,).  needed: a mask, or None.
+def _load_planes(words, first, num_tiles, COL_TILES: tl.constexpr, EVEN: tl.constexpr):
+    """The planes of COL_TILES tiles of every row tile, three a tile, from `first` (WARPS,) on.
 
     A tile beyond the last is the last one again: its x is zero.
     """
-    at = words + ((tile if EVEN else tl.minimum(tile, num_tiles - 1)) * 768)[:, None, None]
-    return (
-        tl.load(at, mask=needed, eviction_policy="evict_first"),
-        tl.load(at + 256, mask=needed, eviction_policy="evict_first"),
-        tl.load(at + 512, mask=needed, eviction_policy="evict_first"),
-    )
+    loaded = ()
+    for j in tl.static_range(COL_TILES):
+        tile = (first if EVEN else tl.minimum(first, num_tiles - 1 - j)) * 768
+        for r in tl.static_range(len(words)):
+            for plane in tl.static_range(3):
+                at = words[r] + tile[:, None, None] + (j * 768 + plane * 256)
+                loaded = loaded + (tl.load(at, eviction_policy="evict_first"),)
+    return loaded
 
 
 @triton.jit
@@ -118,52 +130,81 @@ def _load_x(
     x, first, M, K, stride_xm,
     ROWS: tl.constexpr, UNIT: tl.constexpr, COL_UNITS: tl.constexpr, SET: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Operand B of a set before masking, one (WARPS, COLUMNS, 4, 8) for each 32 columns of a unit.
+    """Operand B of a set before masking, one (WARPS, 8, 4, 8) for each 32 columns of a unit, for each 8 columns.
 
     Column n is row n // SPAN of x and unit n % SPAN of the set.  first: the chunk's first unit, (WARPS,).
     """
-    COLUMNS: tl.constexpr = max(8, ROWS)
-    SPAN: tl.constexpr = COLUMNS // ROWS
-    n = tl.arange(0, COLUMNS)[None, :, None, None]
+    SPAN: tl.constexpr = 8 // ROWS if ROWS < 8 else 1
+    n = tl.arange(0, 8)[None, :, None, None]
     e = tl.arange(0, 8)[None, None, None, :]
     unit = SET * SPAN + n % SPAN
     k = (first[:, None, None, None] + unit) * UNIT + tl.arange(0, 4)[None, None, :, None] * 8
     at = x + k + e
-    if ROWS > 1:
-        at += tl.minimum(n // SPAN, M - 1).to(tl.int64) * stride_xm
     loaded = ()
-    for pair in tl.static_range(UNIT // 32):
-        if EVEN and (SET + 1) * SPAN <= COL_UNITS:
-            loaded = loaded + (tl.load(at + 32 * pair),)
-        else:
-            inside = (k + 32 * pair + e < K) & (unit < COL_UNITS)
-            loaded = loaded + (tl.load(at + 32 * pair, mask=inside, other=0.0),)
+    for m0 in tl.static_range(0, ROWS, 8):
+        rows = at
+        if ROWS > 1:
+            rows += tl.minimum(m0 + n // SPAN, M - 1).to(tl.int64) * stride_xm
+        for column in tl.static_range(0, UNIT, 32):
+            if EVEN and (SET + 1) * SPAN <= COL_UNITS:
+                loaded = loaded + (tl.load(rows + column),)
+            else:
+                inside = (k + column + e < K) & (unit < COL_UNITS)
+                loaded = loaded + (tl.load(rows + column, mask=inside, other=0.0),)
     return loaded
 
 
 @triton.jit
 def _load_scales(
     scales, zeros, rows, first, K, stride_scale, stride_zero,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, SET: tl.constexpr, EVEN: tl.constexpr,
-    PAIRED: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, SETS: tl.constexpr, EVEN: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zero points of a set, each as the lane (g, t) needs it: for rows 8 i + g of every row tile.
+    """Scales and zero points of a chunk, SETS of each for each 8 rows 8 i + g, as the lane (g, t) needs them.
 
     SPAN = 1, a column is a row of x: (WARPS, 8, 4), the same for all t. Else (WARPS, 8, 4, 2), for columns 2 t, 2 t + 1.
     """
-    unit = first[:, None, None] + (SET * SPAN + tl.arange(0, 4)[None, None, :] * 2 % SPAN)
-    group = _group(unit, K, GROUP, UNIT, EVEN)
-    group1 = _group(unit + 1, K, GROUP, UNIT, EVEN)
-    if PAIRED:
-        stride_scale = stride_scale // 2 * 2
-        stride_zero = stride_zero // 2 * 2
     loaded = ()
     for i in tl.static_range(len(rows)):
+        # What VECTOR promises of the strides, said so that Triton sees it.
         row = rows[i][None, :, None]
-        loaded = loaded + (
-            _load_pair(scales[i // 4] + row * stride_scale, group, group1, SPAN, PAIRED),
-            _load_pair(zeros[i // 4] + row * stride_zero, group, group1, SPAN, PAIRED),
-        )
+        at = scales[i // 4] + row * (stride_scale // VECTOR * VECTOR)
+        loaded = loaded + _load_groups(at, first, K, GROUP, UNIT, SPAN, SETS, EVEN, VECTOR)
+        at = zeros[i // 4] + row * (stride_zero // VECTOR * VECTOR)
+        loaded = loaded + _load_groups(at, first, K, GROUP, UNIT, SPAN, SETS, EVEN, VECTOR)
+    return loaded
+
+
+@triton.jit
+def _load_groups(
+    at, first, K, GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, SETS: tl.constexpr, EVEN: tl.constexpr,
+    VECTOR: tl.constexpr,
+):  # fmt: skip
+    """What rows `at` (1, 8, 1) hold for each set of a chunk: SETS tensors."""
+    loaded = ()
+    unit = first[:, None, None] + tl.arange(0, 4)[None, None, :] * 2 % SPAN
+    if SPAN == 1:
+        for start in tl.static_range(0, SETS, VECTOR):
+            group = _group(unit + start, K, GROUP, UNIT, EVEN)
+            if VECTOR == 1:
+                loaded = loaded + (tl.load(at + group),)
+            else:
+                several = tl.load((at + group)[:, :, :, None] + tl.arange(0, VECTOR)[None, None, None, :])
+                if VECTOR == 2:
+                    loaded = loaded + tl.split(several)
+                else:
+                    even, odd = tl.split(several.reshape(several.shape[0], 8, 4, 2, 2))
+                    v0, v2 = tl.split(even)
+                    v1, v3 = tl.split(odd)
+                    loaded = loaded + (v0, v1, v2, v3)
+    else:
+        for s in tl.static_range(SETS):
+            group = _group(unit + s * SPAN, K, GROUP, UNIT, EVEN)
+            if VECTOR == 2:
+                pair = tl.load((at + group)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :])
+            else:
+                pair = tl.join(tl.load(at + group), tl.load(at + _group(unit + s * SPAN + 1, K, GROUP, UNIT, EVEN)))
+            loaded = loaded + (pair,)
     return loaded
 
 
@@ -176,27 +217,16 @@ def _group(unit, K, GROUP: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr)
 
 
 @triton.jit
-def _load_pair(at, group, group1, SPAN: tl.constexpr, PAIRED: tl.constexpr):
-    if SPAN == 1:
-        return tl.load(at + group)
-    elif PAIRED:
-        return tl.load((at + group)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :])
-    else:
-        return tl.join(tl.load(at + group), tl.load(at + group1))
-
-
-@triton.jit
-def _in_accumulator(v0, v1, WARPS: tl.constexpr, COLUMNS: tl.constexpr, SPAN: tl.constexpr):
-    """Fp32 (WARPS, 16, COLUMNS) from what `_load_scales` loaded for rows g and 8 + g of a block."""
-    v = tl.join(v0, v1)
+def _in_accumulator(v0, v1, WARPS: tl.constexpr, SPAN: tl.constexpr):
+    """Fp32 (WARPS, 16, 8) from what `_load_scales` loaded for rows g and 8 + g of a block."""
+    v = tl.join(v0, v1)  # WARPS, g, t, and the column's last bit if there is one, up
     if v.dtype == tl.uint8:  # as an fp16 subnormal, z * 2^-24, which takes fewer instructions
         v = v.to(tl.uint16).to(tl.float16, bitcast=True)
     v = v.to(tl.float32)
     if SPAN == 1:
-        v = v.permute(0, 3, 1, 2).reshape(WARPS, 2, 8, 1, 4, 1)
-        return v.broadcast_to(WARPS, 2, 8, COLUMNS // 8, 4, 2).reshape(WARPS, 16, COLUMNS)
+        return tl.join(v, v).permute(0, 3, 1, 2, 4).reshape(WARPS, 16, 8)
     else:
-        return v.permute(0, 4, 1, 2, 3).reshape(WARPS, 16, COLUMNS)
+        return v.permute(0, 4, 1, 2, 3).reshape(WARPS, 16, 8)
 
 
 @triton.jit
@@ -205,53 +235,85 @@ def _add_dot(accumulators, i: tl.constexpr, a, b, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _flush(
-    acc, dots, dense, scales, PHASE: tl.constexpr,
-    ROWS: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+def _sums(
+    dense, PHASE: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, BY_BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """acc + scale * (dot - zero_point * sum(x)) of a set, for each row block.
+    """What to subtract from the dots of row blocks 0 and 1, and the sum of x, each for every column: (WARPS, 16, 8).
 
-    dense: operand B before masking.  PHASE: the place of the last unit in its tile.
+    dense: operand B of a set before masking.  PHASE: the place of the last unit in its tile.  The sum is times 2^24
+    for bf16, as zero points and, for fp16, dots are times 2^-24.
     """
-    COLUMNS: tl.constexpr = max(8, ROWS)
-    SPAN: tl.constexpr = COLUMNS // ROWS
     PAIRS: tl.constexpr = len(dense)
-    none = tl.zeros([WARPS, 16, COLUMNS], tl.float32)
+    none = tl.zeros([WARPS, 16, 8], tl.float32)
     xs = ()
     for pair in tl.static_range(PAIRS):
-        xs = xs + operands_of_x(dense[pair], WARPS, COLUMNS)
-    # 2^24 is what fp16 dots and zero points want of it; dots of bf16 are as they should be.
-    ones = tl.full([WARPS, 16, 16], 16777216.0 if BF16 else 1.0, tl.bfloat16 if BF16 else tl.float16)
-    total = none
-    for i in tl.static_range(2 * PAIRS):
-        total = _dot(ones, xs[i], total, INTERPRETED)
+        xs = xs + operands_of_x(dense[pair], WARPS)
     if BF16:
-        offset = none
+        # Rows 0..7 and 8..15 of one product: the offsets of both blocks if they differ, else offset and sum.
+        both = none
         for phase in tl.static_range(4 // PAIRS):
             if SPAN > 1 or phase == PHASE:
                 part = none
                 for i in tl.static_range(2 * PAIRS):
-                    part = _dot(
-                        operand_of_halves(
-                            _offset(phase * PAIRS + i // 2, i % 2, 0), _offset(phase * PAIRS + i // 2, i % 2, 1), WARPS
-                        ),
-                        xs[i],
-                        part,
-                        INTERPRETED,
+                    halves = operand_of_halves(
+                        _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 0),
+                        _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 1) if BY_BLOCK else 16777216.0,
+                        WARPS,
                     )
-                own = tl.arange(0, COLUMNS)[None, None, :] % (4 // PAIRS) == phase
-                offset = tl.where(own, part, offset) if SPAN > 1 else part
-        offsets = tl.split(offset.reshape(WARPS, 2, 8, COLUMNS).permute(0, 2, 3, 1))
-    new = ()
-    for block in tl.static_range(len(acc)):
-        d = _in_accumulator(scales[4 * block], scales[4 * block + 2], WARPS, COLUMNS, SPAN)
-        z = _in_accumulator(scales[4 * block + 1], scales[4 * block + 3], WARPS, COLUMNS, SPAN)
-        dot = _weighed(dots, block // 2 * _num_slots(BF16, BY_BLOCK), block % 2, BF16, BY_BLOCK)
+                    part = _dot(halves, xs[i], part, INTERPRETED)
+                own = tl.arange(0, 8)[None, None, :] % (4 // PAIRS) == phase
+                both = tl.where(own, part, both) if SPAN > 1 else part
+        offset0, offset1 = _halves(both, WARPS)
+    if BF16 and not BY_BLOCK:
+        return offset0, offset0, offset1
+    else:
+        ones = tl.full([WARPS, 16, 16], 16777216.0 if BF16 else 1.0, tl.bfloat16 if BF16 else tl.float16)
+        total = none
+        for i in tl.static_range(2 * PAIRS):
+            total = _dot(ones, xs[i], total, INTERPRETED)
         if BF16:
-            rows = offsets[block % 2][:, None, :, :].broadcast_to(WARPS, 2, 8, COLUMNS)
-            dot -= rows.reshape(WARPS, 16, COLUMNS)
-        new = new + (acc[block] + d * (dot - z * total),)
+            return offset0, offset1, total
+        else:
+            return none, none, total
+
+
+@triton.jit
+def _flush(
+    acc, dots, dense, scales, SET: tl.constexpr, SETS: tl.constexpr, PHASE: tl.constexpr,
+    SPAN: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """acc + scale * (dot - zero_point * sum(x)) of a set, for each row block and each 8 columns.
+
+    dense: operand B before masking.  PHASE: the place of the last unit in its tile.
+    """
+    BLOCKS: tl.constexpr = len(scales) // (4 * SETS)
+    HALVES: tl.constexpr = len(acc) // BLOCKS
+    PAIRS: tl.constexpr = len(dense) // HALVES
+    SLOTS: tl.constexpr = _num_slots(BF16, BY_BLOCK)
+    new = ()
+    for half in tl.static_range(HALVES):
+        offset0, offset1, total = _sums(
+            dense[half * PAIRS : (half + 1) * PAIRS], PHASE, SPAN, WARPS, BF16, BY_BLOCK, INTERPRETED
+        )
+        for block in tl.static_range(BLOCKS):
+            d = _in_accumulator(scales[4 * block * SETS + SET], scales[(4 * block + 2) * SETS + SET], WARPS, SPAN)
+            z = _in_accumulator(scales[(4 * block + 1) * SETS + SET], scales[(4 * block + 3) * SETS + SET], WARPS, SPAN)
+            dot = _weighed(dots, (half * BLOCKS + block) // 2 * SLOTS, block % 2, BF16, BY_BLOCK)
+            if BF16:
+                dot -= offset1 if block % 2 else offset0
+            new = new + (acc[half * BLOCKS + block] + d * (dot - z * total),)
     return new
+
+
+@triton.jit
+def _halves(v, WARPS: tl.constexpr):
+    """Rows 0..7 of (WARPS, 16, 8) twice, and rows 8..15 twice."""
+    low, high = tl.split(v.reshape(WARPS, 2, 8, 8).permute(0, 2, 3, 1))
+    return (
+        tl.join(low, low).permute(0, 3, 1, 2).reshape(WARPS, 16, 8),
+        tl.join(high, high).permute(0, 3, 1, 2).reshape(WARPS, 16, 8),
+    )
 
 
 @triton.jit
@@ -268,20 +330,21 @@ def _gemv_kernel(
     x, qdata, scale, zero, bias, y, M, N, K, stride_xm, stride_q0, stride_scale, stride_zero,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, ROW_TILES: tl.constexpr, COL_TILES: tl.constexpr,
     SPLIT_K: tl.constexpr, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    ONE_CHUNK: tl.constexpr, PAIRED: tl.constexpr, INTERPRETED: tl.constexpr,
+    ONE_CHUNK: tl.constexpr, VECTOR: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """32 * ROW_TILES columns of y, or their part of program_id(1) in a fp32 y of (SPLIT_K, M, N).
 
     GROUP = 0: one scale a row.  ROWS: rows of x, 1, 2, 4, 8 or 16, at least M.  BY_BLOCK: see fragments.py.
-    EVEN: chunks end with K.  ONE_CHUNK: a warp has no second one.  PAIRED: scales may be loaded two at a time.
+    EVEN: chunks end with K.  ONE_CHUNK: a warp has no second one.  VECTOR: scales to load at a time, 1, 2 or, if
+    SPAN = 1, 4.
     """
-    COLUMNS: tl.constexpr = max(8, ROWS)
-    SPAN: tl.constexpr = COLUMNS // ROWS
+    SPAN: tl.constexpr = 8 // ROWS if ROWS < 8 else 1
+    HALVES: tl.constexpr = 2 if ROWS == 16 else 1
     UNIT: tl.constexpr = GROUP if GROUP == 32 or GROUP == 64 else 128
     UNITS: tl.constexpr = 128 // UNIT
     PAIRS: tl.constexpr = UNIT // 32
     COL_UNITS: tl.constexpr = COL_TILES * UNITS
-    NUM_SETS: tl.constexpr = (COL_UNITS + SPAN - 1) // SPAN
+    SETS: tl.constexpr = (COL_UNITS + SPAN - 1) // SPAN
     SLOTS: tl.constexpr = _num_slots(BF16, BY_BLOCK)
     num_tiles = tl.cdiv(K, 128)
     num_chunks = 1 if ONE_CHUNK else tl.cdiv(num_tiles, SPLIT_K * WARPS * COL_TILES)
@@ -305,95 +368,72 @@ def _gemv_kernel(
         for octet in tl.static_range(4):
             rows = rows + (tl.minimum(octet * 8 + tl.arange(0, 8), N - 1 - row_tile * 32),)
 
-    ring = ()
-    for j in tl.static_range(COL_TILES):
-        for r in tl.static_range(ROW_TILES):
-            ring = ring + _load_tile(words[r], chunk * COL_TILES + j, num_tiles, None, EVEN)
-    # Whatever needs x comes after this, so ptxas cannot push a load of weights back to where it is used.
-    tl.debug_barrier()
-    first = chunk * COL_UNITS
-    next_x = _load_x(x, first, M, K, stride_xm, ROWS, UNIT, COL_UNITS, 0, EVEN)
-    next_scales = _load_scales(
-        scales, zeros, rows, first, K, stride_scale, stride_zero, GROUP, UNIT, SPAN, 0, EVEN, PAIRED
-    )
-
-    none = tl.zeros([WARPS, 16, COLUMNS], tl.float32)
-    column = (tl.arange(0, COLUMNS)[None, None, :] % SPAN).to(tl.int16)
+    none = tl.zeros([WARPS, 16, 8], tl.float32)
+    column = (tl.arange(0, 8)[None, None, :] % SPAN).to(tl.int16)
     acc = ()
-    for _ in tl.static_range(2 * ROW_TILES):
+    for _ in tl.static_range(HALVES * 2 * ROW_TILES):
         acc = acc + (none,)
-    for i in range(num_chunks):
-        more = (tl.arange(0, WARPS) * 0 + i + 1 < num_chunks)[:, None, None]
-        next_chunk = tl.where(i + 1 < num_chunks, chunk + WARPS, chunk)
-        this_x = next_x
-        this_scales = next_scales
+    for _ in range(num_chunks):
+        # Scales of neighbouring warps may lie side by side, but a layout that follows them is not an accumulator's.
+        first = tl.max_contiguous(chunk * COL_UNITS, [1])
+        planes = _load_planes(words, chunk * COL_TILES, num_tiles, COL_TILES, EVEN)
+        _pin(INTERPRETED)
+        these = _load_scales(
+            scales, zeros, rows, first, K, stride_scale, stride_zero, GROUP, UNIT, SPAN, SETS, EVEN, VECTOR
+        )
+        xs = ()
+        for s in tl.static_range(1, SETS):
+            xs = xs + _load_x(x, first, M, K, stride_xm, ROWS, UNIT, COL_UNITS, s, EVEN)
+        # Every dot waits for the load of x below, hence comes after this, so ptxas cannot push the loads above back to
+        # where they are used, which is what it does to save registers.
+        _pin(INTERPRETED)
+        xs = _load_x(x, first, M, K, stride_xm, ROWS, UNIT, COL_UNITS, 0, EVEN) + xs
         dots = ()
         fields = ()
         for unit in tl.static_range(COL_UNITS):
             if unit % SPAN == 0:
-                this_x = next_x
-                this_scales = next_scales
-                if unit + SPAN < COL_UNITS:
-                    first = chunk * COL_UNITS
-                    next_x = _load_x(x, first, M, K, stride_xm, ROWS, UNIT, COL_UNITS, unit // SPAN + 1, EVEN)
-                    if GROUP != 0:
-                        next_scales = _load_scales(
-                            scales, zeros, rows, first, K, stride_scale, stride_zero,
-                            GROUP, UNIT, SPAN, unit // SPAN + 1, EVEN, PAIRED,
-                        )  # fmt: skip
-                elif not ONE_CHUNK:
-                    first = next_chunk * COL_UNITS
-                    next_x = _load_x(x, first, M, K, stride_xm, ROWS, UNIT, COL_UNITS, 0, EVEN)
-                    if GROUP != 0:
-                        next_scales = _load_scales(
-                            scales, zeros, rows, first, K, stride_scale, stride_zero,
-                            GROUP, UNIT, SPAN, 0, EVEN, PAIRED,
-                        )  # fmt: skip
                 dots = ()
-                for _ in tl.static_range(SLOTS * ROW_TILES):
+                for _ in tl.static_range(HALVES * ROW_TILES * SLOTS):
                     dots = dots + (none,)
             if unit % UNITS == 0:
                 fields = ()
                 for at in tl.static_range(unit // UNITS * ROW_TILES, (unit // UNITS + 1) * ROW_TILES):
                     fields = fields + (
-                        _unpack(ring[3 * at], ring[3 * at + 1], ring[3 * at + 2], BF16, BY_BLOCK, INTERPRETED),
+                        _unpack(planes[3 * at], planes[3 * at + 1], planes[3 * at + 2], BF16, BY_BLOCK, INTERPRETED),
                     )
-                    if not ONE_CHUNK:
-                        tile = next_chunk * COL_TILES + unit // UNITS
-                        ring = (
-                            ring[: 3 * at]
-                            + _load_tile(words[at % ROW_TILES], tile, num_tiles, more, EVEN)
-                            + ring[3 * at + 3 :]
-                        )
-            for pair in tl.static_range(PAIRS):
-                operands = operands_of_x(this_x[pair], WARPS, COLUMNS)
-                for slab in tl.static_range(2):
-                    b = operands[slab]
-                    if SPAN > 1:
-                        b = keep_where(b, column, unit % SPAN, INTERPRETED)
-                    for block in tl.static_range(2 * ROW_TILES):
-                        a = fields[block // 2][4 * (unit % UNITS * PAIRS + pair) + 2 * slab + block % 2]
+            dense = xs[unit // SPAN * HALVES * PAIRS : (unit // SPAN + 1) * HALVES * PAIRS]
+            for i in tl.static_range(2 * PAIRS):
+                for block in tl.static_range(2 * ROW_TILES):
+                    a = operand_of_block(fields[block // 2][2 * (unit % UNITS * 2 * PAIRS + i) + block % 2], WARPS)
+                    for half in tl.static_range(HALVES):
+                        b = operands_of_x(dense[half * PAIRS + i // 2], WARPS)[i % 2]
+                        if SPAN > 1:
+                            b = keep_where(b, column, unit % SPAN, INTERPRETED)
                         dots = _add_dot(
                             dots,
-                            block // 2 * SLOTS + _slot(BF16, BY_BLOCK, unit % UNITS * PAIRS + pair, slab, block % 2),
-                            operand_of_block(a, WARPS),
+                            (half * ROW_TILES + block // 2) * SLOTS
+                            + _slot(BF16, BY_BLOCK, unit % UNITS * PAIRS + i // 2, i % 2, block % 2),
+                            a,
                             b,
                             INTERPRETED,
                         )
             if unit % SPAN == SPAN - 1 or unit == COL_UNITS - 1:
                 acc = _flush(
-                    acc, dots, this_x, this_scales, unit % UNITS, ROWS, WARPS, BF16, BY_BLOCK, INTERPRETED
+                    acc, dots, dense, these, unit // SPAN, SETS, unit % UNITS,
+                    SPAN, WARPS, BF16, BY_BLOCK, INTERPRETED,
                 )  # fmt: skip
-        chunk = next_chunk
+        chunk += WARPS
 
-    m = tl.arange(0, ROWS)[None, :]
-    for r in tl.static_range(ROW_TILES):
-        v = tl.join(acc[2 * r], acc[2 * r + 1]).reshape(WARPS, 16, ROWS, SPAN, 2)
-        out = tl.sum(v.permute(4, 1, 2, 0, 3).reshape(32, ROWS, WARPS * SPAN), 2)
-        if not BF16:
-            out *= 16777216.0
-        n = (tl.program_id(0) * ROW_TILES + r) * 32 + tl.arange(0, 32)
-        if HAS_BIAS:
-            out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-        at = y + (tl.program_id(1) * M + m).to(tl.int64) * N + n[:, None]
-        tl.store(at, out.to(y.dtype.element_ty), mask=(n < N)[:, None] & (m < M))
+    OWN_ROWS: tl.constexpr = 8 // SPAN
+    for half in tl.static_range(HALVES):
+        m = (half * 8 + tl.arange(0, OWN_ROWS))[None, :]
+        for r in tl.static_range(ROW_TILES):
+            v = tl.join(acc[2 * (half * ROW_TILES + r)], acc[2 * (half * ROW_TILES + r) + 1]).reshape(WARPS, 16, OWN_ROWS, SPAN, 2)
+            out = tl.sum(v.permute(4, 1, 2, 0, 3).reshape(32, OWN_ROWS, WARPS * SPAN), 2)
+            if not BF16:
+                out *= 16777216.0
+            n = (tl.program_id(0) * ROW_TILES + r) * 32 + tl.arange(0, 32)
+            if HAS_BIAS:
+                out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+            at = y + (tl.program_id(1) * M + m).to(tl.int64) * N + n[:, None]
+            tl.store(at, out.to(y.dtype.element_ty), mask=(n < N)[:, None] & (m < M))
