@@ -1,5 +1,5 @@
-# mypy: disable-error-code="no-untyped-def"
-# (what a jitted function takes and returns has types only to Triton)
+# mypy: disable-error-code="no-untyped-def, assignment, operator"
+# (what a jitted function takes and returns, and a tuple it grows, has types only to Triton)
 """Decoding: a linear layer over packed 3-bit weights for 1 to 16 rows of x, on tensor cores from one row up.
 
     y[m, n] = sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero_point[n, k // g]) + bias[n]
@@ -31,8 +31,6 @@ programs that split K, are summed in a fixed order, so a result does not depend 
 INTERPRETED is for Triton's interpreter, which knows no assembly and truncates to bf16.
 """
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
@@ -50,8 +48,8 @@ from mbq_ao.kernels.fragments import (
     unpack_fp16,
     unpack_fp16_by_block,
 )
-
-MAX_ROWS = 16
+from mbq_ao.kernels.gemv_config import MAX_ROWS, GemvConfig, default_gemv_config, gemv_constants
+from mbq_ao.kernels.launch import interpreted, on_device, with_inner_contiguous
 
 
 @triton.constexpr_function
@@ -121,7 +119,7 @@ def _load_planes(words, first, num_tiles, COL_TILES: tl.constexpr, EVEN: tl.cons
         for r in tl.static_range(len(words)):
             for plane in tl.static_range(3):
                 at = words[r] + tile[:, None, None] + (j * 768 + plane * 256)
-                loaded = loaded + (tl.load(at, eviction_policy="evict_first"),)
+                loaded += (tl.load(at, eviction_policy="evict_first"),)
     return loaded
 
 
@@ -147,64 +145,71 @@ def _load_x(
             rows += tl.minimum(m0 + n // SPAN, M - 1).to(tl.int64) * stride_xm
         for column in tl.static_range(0, UNIT, 32):
             if EVEN and (SET + 1) * SPAN <= COL_UNITS:
-                loaded = loaded + (tl.load(rows + column),)
+                loaded += (tl.load(rows + column),)
             else:
                 inside = (k + column + e < K) & (unit < COL_UNITS)
-                loaded = loaded + (tl.load(rows + column, mask=inside, other=0.0),)
+                loaded += (tl.load(rows + column, mask=inside, other=0.0),)
     return loaded
 
 
 @triton.jit
 def _load_scales(
     scales, zeros, rows, first, K, stride_scale, stride_zero,
-    GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, SETS: tl.constexpr, EVEN: tl.constexpr,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, COL_UNITS: tl.constexpr, EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """Scales and zero points of a chunk, SETS of each for each 8 rows 8 i + g, as the lane (g, t) needs them.
+    """Scales and zero points of a chunk, of each 8 rows 8 i + g one a set, as the lane (g, t) needs them.
 
-    SPAN = 1, a column is a row of x: (WARPS, 8, 4), the same for all t. Else (WARPS, 8, 4, 2), for columns 2 t, 2 t + 1.
+    SPAN = 1, a column is a row of x: (WARPS, 8, 4), the same for all t.
+    Else, for columns 2 t and 2 t + 1: (WARPS, 8, 4, 2).
     """
     loaded = ()
     for i in tl.static_range(len(rows)):
         # What VECTOR promises of the strides, said so that Triton sees it.
         row = rows[i][None, :, None]
-        at = scales[i // 4] + row * (stride_scale // VECTOR * VECTOR)
-        loaded = loaded + _load_groups(at, first, K, GROUP, UNIT, SPAN, SETS, EVEN, VECTOR)
-        at = zeros[i // 4] + row * (stride_zero // VECTOR * VECTOR)
-        loaded = loaded + _load_groups(at, first, K, GROUP, UNIT, SPAN, SETS, EVEN, VECTOR)
+        at = row * (stride_scale // VECTOR * VECTOR)
+        loaded = loaded + _load_groups(scales[i // 4], at, first, K, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR)
+        at = row * (stride_zero // VECTOR * VECTOR)
+        loaded = loaded + _load_groups(zeros[i // 4], at, first, K, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR)
     return loaded
 
 
 @triton.jit
 def _load_groups(
-    at, first, K, GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, SETS: tl.constexpr, EVEN: tl.constexpr,
+    p, row, first, K,
+    GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, COL_UNITS: tl.constexpr, EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """What rows `at` (1, 8, 1) hold for each set of a chunk: SETS tensors."""
+    """What the rows p + row, (1, 8, 1), hold for each set of a chunk."""
     loaded = ()
-    unit = first[:, None, None] + tl.arange(0, 4)[None, None, :] * 2 % SPAN
+    first = first[:, None, None]
     if SPAN == 1:
-        for start in tl.static_range(0, SETS, VECTOR):
-            group = _group(unit + start, K, GROUP, UNIT, EVEN)
+        for start in tl.static_range(0, COL_UNITS, VECTOR):
+            at = row + _group(first + start + tl.arange(0, 4)[None, None, :] * 0, K, GROUP, UNIT, EVEN)
             if VECTOR == 1:
-                loaded = loaded + (tl.load(at + group),)
+                loaded += (tl.load(p + at),)
             else:
-                several = tl.load((at + group)[:, :, :, None] + tl.arange(0, VECTOR)[None, None, None, :])
+                several = tl.load(p + (at[:, :, :, None] + tl.arange(0, VECTOR)[None, None, None, :]))
                 if VECTOR == 2:
                     loaded = loaded + tl.split(several)
                 else:
                     even, odd = tl.split(several.reshape(several.shape[0], 8, 4, 2, 2))
                     v0, v2 = tl.split(even)
                     v1, v3 = tl.split(odd)
-                    loaded = loaded + (v0, v1, v2, v3)
+                    loaded += (v0, v1, v2, v3)
     else:
-        for s in tl.static_range(SETS):
-            group = _group(unit + s * SPAN, K, GROUP, UNIT, EVEN)
+        for start in tl.static_range(0, COL_UNITS, SPAN):
+            unit = start + tl.arange(0, 4)[None, None, :] * 2 % SPAN
+            next_unit = unit + 1
+            if start + SPAN > COL_UNITS:  # x of a column without a unit is zero; what it is scaled by must be finite
+                unit = tl.minimum(unit, COL_UNITS - VECTOR)
+                next_unit = tl.minimum(next_unit, COL_UNITS - 1)
+            at = row + _group(first + unit, K, GROUP, UNIT, EVEN)
             if VECTOR == 2:
-                pair = tl.load((at + group)[:, :, :, None] + tl.arange(0, 2)[None, None, None, :])
+                pair = tl.load(p + (at[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]))
             else:
-                pair = tl.join(tl.load(at + group), tl.load(at + _group(unit + s * SPAN + 1, K, GROUP, UNIT, EVEN)))
-            loaded = loaded + (pair,)
+                pair = tl.join(tl.load(p + at), tl.load(p + (row + _group(first + next_unit, K, GROUP, UNIT, EVEN))))
+            loaded += (pair,)
     return loaded
 
 
@@ -231,7 +236,9 @@ def _in_accumulator(v0, v1, WARPS: tl.constexpr, SPAN: tl.constexpr):
 
 @triton.jit
 def _add_dot(accumulators, i: tl.constexpr, a, b, INTERPRETED: tl.constexpr):
-    return accumulators[:i] + (_dot(a, b, accumulators[i], INTERPRETED),) + accumulators[i + 1 :]
+    before = accumulators[:i]
+    before += (_dot(a, b, accumulators[i], INTERPRETED),)
+    return before + accumulators[i + 1 :]
 
 
 @triton.jit
@@ -241,8 +248,8 @@ def _sums(
 ):  # fmt: skip
     """What to subtract from the dots of row blocks 0 and 1, and the sum of x, each for every column: (WARPS, 16, 8).
 
-    dense: operand B of a set before masking.  PHASE: the place of the last unit in its tile.  The sum is times 2^24
-    for bf16, as zero points and, for fp16, dots are times 2^-24.
+    dense: operand B of a set before masking.  PHASE: the place of its first unit in a tile.  The sum is times 2^24 for
+    bf16, as zero points and, for fp16, dots are times 2^-24.
     """
     PAIRS: tl.constexpr = len(dense)
     none = tl.zeros([WARPS, 16, 8], tl.float32)
@@ -252,18 +259,17 @@ def _sums(
     if BF16:
         # Rows 0..7 and 8..15 of one product: the offsets of both blocks if they differ, else offset and sum.
         both = none
-        for phase in tl.static_range(4 // PAIRS):
-            if SPAN > 1 or phase == PHASE:
-                part = none
-                for i in tl.static_range(2 * PAIRS):
-                    halves = operand_of_halves(
-                        _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 0),
-                        _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 1) if BY_BLOCK else 16777216.0,
-                        WARPS,
-                    )
-                    part = _dot(halves, xs[i], part, INTERPRETED)
-                own = tl.arange(0, 8)[None, None, :] % (4 // PAIRS) == phase
-                both = tl.where(own, part, both) if SPAN > 1 else part
+        for phase in tl.static_range(PHASE, min(PHASE + SPAN, 4 // PAIRS)):
+            part = none
+            for i in tl.static_range(2 * PAIRS):
+                halves = operand_of_halves(
+                    _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 0),
+                    _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 1) if BY_BLOCK else 16777216.0,
+                    WARPS,
+                )
+                part = _dot(halves, xs[i], part, INTERPRETED)
+            own = (PHASE + tl.arange(0, 8)[None, None, :] % SPAN) % (4 // PAIRS) == phase
+            both = tl.where(own, part, both) if SPAN > 1 and PAIRS < 4 else part
         offset0, offset1 = _halves(both, WARPS)
     if BF16 and not BY_BLOCK:
         return offset0, offset0, offset1
@@ -285,7 +291,7 @@ def _flush(
 ):  # fmt: skip
     """acc + scale * (dot - zero_point * sum(x)) of a set, for each row block and each 8 columns.
 
-    dense: operand B before masking.  PHASE: the place of the last unit in its tile.
+    dense: operand B before masking.  PHASE: the place of its first unit in a tile.
     """
     BLOCKS: tl.constexpr = len(scales) // (4 * SETS)
     HALVES: tl.constexpr = len(acc) // BLOCKS
@@ -302,7 +308,7 @@ def _flush(
             dot = _weighed(dots, (half * BLOCKS + block) // 2 * SLOTS, block % 2, BF16, BY_BLOCK)
             if BF16:
                 dot -= offset1 if block % 2 else offset0
-            new = new + (acc[half * BLOCKS + block] + d * (dot - z * total),)
+            new += (acc[half * BLOCKS + block] + d * (dot - z * total),)
     return new
 
 
@@ -348,7 +354,8 @@ def _gemv_kernel(
     SLOTS: tl.constexpr = _num_slots(BF16, BY_BLOCK)
     num_tiles = tl.cdiv(K, 128)
     num_chunks = 1 if ONE_CHUNK else tl.cdiv(num_tiles, SPLIT_K * WARPS * COL_TILES)
-    chunk = tl.program_id(1) * num_chunks * WARPS + tl.arange(0, WARPS)
+    split = tl.program_id(1) if SPLIT_K > 1 else 0
+    chunk = split * num_chunks * WARPS + tl.arange(0, WARPS)
 
     words = ()
     scales = ()
@@ -358,28 +365,28 @@ def _gemv_kernel(
         row_tile = tl.program_id(0) * ROW_TILES + r
         if ROW_TILES > 1:
             row_tile = tl.minimum(row_tile, tl.cdiv(N, 32) - 1)
-        words = words + (
+        words += (
             qdata
             + row_tile.to(tl.int64) * stride_q0
             + (tl.arange(0, 32)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]),
         )
-        scales = scales + (scale + (row_tile * 32).to(tl.int64) * stride_scale,)
-        zeros = zeros + (zero + (row_tile * 32).to(tl.int64) * stride_zero,)
+        scales += (scale + (row_tile * 32).to(tl.int64) * stride_scale,)
+        zeros += (zero + (row_tile * 32).to(tl.int64) * stride_zero,)
         for octet in tl.static_range(4):
-            rows = rows + (tl.minimum(octet * 8 + tl.arange(0, 8), N - 1 - row_tile * 32),)
+            rows += (tl.minimum(octet * 8 + tl.arange(0, 8), N - 1 - row_tile * 32),)
 
     none = tl.zeros([WARPS, 16, 8], tl.float32)
     column = (tl.arange(0, 8)[None, None, :] % SPAN).to(tl.int16)
     acc = ()
     for _ in tl.static_range(HALVES * 2 * ROW_TILES):
-        acc = acc + (none,)
+        acc += (none,)
     for _ in range(num_chunks):
         # Scales of neighbouring warps may lie side by side, but a layout that follows them is not an accumulator's.
         first = tl.max_contiguous(chunk * COL_UNITS, [1])
         planes = _load_planes(words, chunk * COL_TILES, num_tiles, COL_TILES, EVEN)
         _pin(INTERPRETED)
         these = _load_scales(
-            scales, zeros, rows, first, K, stride_scale, stride_zero, GROUP, UNIT, SPAN, SETS, EVEN, VECTOR
+            scales, zeros, rows, first, K, stride_scale, stride_zero, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR
         )
         xs = ()
         for s in tl.static_range(1, SETS):
@@ -394,11 +401,11 @@ def _gemv_kernel(
             if unit % SPAN == 0:
                 dots = ()
                 for _ in tl.static_range(HALVES * ROW_TILES * SLOTS):
-                    dots = dots + (none,)
+                    dots += (none,)
             if unit % UNITS == 0:
                 fields = ()
                 for at in tl.static_range(unit // UNITS * ROW_TILES, (unit // UNITS + 1) * ROW_TILES):
-                    fields = fields + (
+                    fields += (
                         _unpack(planes[3 * at], planes[3 * at + 1], planes[3 * at + 2], BF16, BY_BLOCK, INTERPRETED),
                     )
             dense = xs[unit // SPAN * HALVES * PAIRS : (unit // SPAN + 1) * HALVES * PAIRS]
@@ -419,7 +426,7 @@ def _gemv_kernel(
                         )
             if unit % SPAN == SPAN - 1 or unit == COL_UNITS - 1:
                 acc = _flush(
-                    acc, dots, dense, these, unit // SPAN, SETS, unit % UNITS,
+                    acc, dots, dense, these, unit // SPAN, SETS, unit // SPAN * SPAN % UNITS,
                     SPAN, WARPS, BF16, BY_BLOCK, INTERPRETED,
                 )  # fmt: skip
         chunk += WARPS
@@ -428,12 +435,95 @@ def _gemv_kernel(
     for half in tl.static_range(HALVES):
         m = (half * 8 + tl.arange(0, OWN_ROWS))[None, :]
         for r in tl.static_range(ROW_TILES):
-            v = tl.join(acc[2 * (half * ROW_TILES + r)], acc[2 * (half * ROW_TILES + r) + 1]).reshape(WARPS, 16, OWN_ROWS, SPAN, 2)
-            out = tl.sum(v.permute(4, 1, 2, 0, 3).reshape(32, OWN_ROWS, WARPS * SPAN), 2)
+            v = tl.join(acc[2 * (half * ROW_TILES + r)], acc[2 * (half * ROW_TILES + r) + 1]).reshape(
+                WARPS, 16, OWN_ROWS, SPAN, 2
+            )
+            v = v.permute(0, 4, 1, 2, 3).reshape(WARPS, 32, OWN_ROWS, SPAN)
+            out = tl.sum(tl.sum(v, 3), 0)
             if not BF16:
                 out *= 16777216.0
             n = (tl.program_id(0) * ROW_TILES + r) * 32 + tl.arange(0, 32)
             if HAS_BIAS:
                 out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-            at = y + (tl.program_id(1) * M + m).to(tl.int64) * N + n[:, None]
-            tl.store(at, out.to(y.dtype.element_ty), mask=(n < N)[:, None] & (m < M))
+            out = out.to(y.dtype.element_ty)
+            if ROWS == 1:
+                tl.store(y + (split * N + n)[:, None], out, mask=(n < N)[:, None])
+            else:
+                at = y + (split * M + m).to(tl.int64) * N + n[:, None]
+                tl.store(at, out, mask=(n < N)[:, None] & (m < M))
+
+
+@triton.jit
+def _add_splits_kernel(parts, bias, y, M, N, SPLIT_K: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
+    """y = the sum of (SPLIT_K, M, N) fp32 parts, in their order, + bias, for one row and BLOCK columns."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    at = tl.program_id(1).to(tl.int64) * N + n
+    out = tl.load(parts + at, mask=n < N, other=0.0)
+    for split in tl.static_range(1, SPLIT_K):
+        out += tl.load(parts + at + split * M.to(tl.int64) * N, mask=n < N, other=0.0)
+    if HAS_BIAS:
+        out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=n < N)
+
+
+def int3_gemv_triton(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+    config: GemvConfig | None = None,
+) -> Tensor:
+    """`ops.int3_linear` for 1 to MAX_ROWS rows of fp16 or bf16 x; arguments as checked there.
+
+    config: None for `default_gemv_config`. Raises ValueError for more rows. Safe to capture in a CUDA graph.
+    """
+    n, k = scale.shape[0], x.shape[-1]
+    rows = x.reshape(-1, k)
+    num_rows = rows.shape[0]
+    if not 1 <= num_rows <= MAX_ROWS:
+        raise ValueError(f"this kernel takes 1 to {MAX_ROWS} rows of x, got {num_rows}; call int3_linear_triton")
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
+    if qdata.shape[1] > 1 and qdata.stride(1) != 768:
+        qdata = qdata.contiguous()
+    if config is None:
+        num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
+        config = default_gemv_config(num_rows, n, k, group_size, x.dtype, num_sms=num_sms)
+    y = torch.empty((num_rows, n), device=x.device, dtype=torch.float32 if interpreted() else x.dtype)
+    parts = y
+    if config.split_k > 1:
+        parts = torch.empty((config.split_k, num_rows, n), device=x.device, dtype=torch.float32)
+    some_bias = scale if bias is None else bias.contiguous()
+    constants = gemv_constants(
+        num_rows, k, 0 if scale.shape[1] == 1 else group_size, x.dtype, config, scale.stride(0), zero_point.stride(0)
+    )
+    with on_device(x):
+        _gemv_kernel[(-(-qdata.shape[0] // config.row_tiles), config.split_k)](
+            rows,
+            qdata,
+            scale,
+            zero_point,
+            some_bias,
+            parts,
+            num_rows,
+            n,
+            k,
+            rows.stride(0),
+            qdata.stride(0),
+            scale.stride(0),
+            zero_point.stride(0),
+            **constants,
+            HAS_BIAS=bias is not None and config.split_k == 1,
+            INTERPRETED=interpreted(),
+            num_warps=config.num_warps,
+            num_stages=1,
+            maxnreg=config.max_registers,
+            enable_fp_fusion=True,
+        )
+        if config.split_k > 1:
+            _add_splits_kernel[(-(-n // 256), num_rows)](
+                parts, some_bias, y, num_rows, n, SPLIT_K=config.split_k, HAS_BIAS=bias is not None, BLOCK=256
+            )
+    return y.to(x.dtype).view(*x.shape[:-1], n)

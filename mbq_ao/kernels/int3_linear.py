@@ -22,16 +22,15 @@ Many rows, or fp32: `_dequantize_kernel` once, then torch's own matmul, which is
 INTERPRETED is for Triton's interpreter, which takes a bf16 dot product of the bit patterns and truncates to bf16.
 """
 
-import contextlib
-import os
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mbq_ao.kernels.fragments import operand_of_pair, operand_of_slab, unpack_bf16, unpack_fp16
+from mbq_ao.kernels.int3_gemv import MAX_ROWS as MAX_GEMV_ROWS
+from mbq_ao.kernels.int3_gemv import int3_gemv_triton
+from mbq_ao.kernels.launch import interpreted, on_device, with_inner_contiguous
 from mbq_ao.kernels.layout import TILE_K, TILE_N
 
 MAX_ROWS = 64  # of x for the fused kernel; beyond, unpacking once and a large matmul cost less
@@ -218,14 +217,14 @@ def int3_linear_triton(
     if x.dtype == torch.float32 or num_rows > MAX_ROWS:
         weight = int3_dequantize_triton(qdata, scale, zero_point, k, group_size, x.dtype)
         return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if num_rows <= MAX_GEMV_ROWS:
+        return int3_gemv_triton(x, qdata, scale, zero_point, bias, group_size)
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    qdata, scale, zero_point = _with_inner_contiguous(qdata, scale, zero_point)
+    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
     y = torch.empty((num_rows, n), device=x.device, dtype=torch.float32 if interpreted() else x.dtype)
-    block_m = 8 if num_rows <= 8 else 16 if num_rows <= 16 else 32
-    num_row_tiles = qdata.shape[0]
-    warps = min(_num_warps(num_row_tiles, block_m), triton.next_power_of_2(qdata.shape[1]))
-    with _on_device(x):
-        _linear_kernel[(num_row_tiles, triton.cdiv(num_rows, block_m))](
+    warps = min(4, triton.next_power_of_2(qdata.shape[1]))
+    with on_device(x):
+        _linear_kernel[(qdata.shape[0], triton.cdiv(num_rows, 32))](
             rows,
             qdata,
             scale,
@@ -241,7 +240,7 @@ def int3_linear_triton(
             scale.stride(0),
             zero_point.stride(0),
             GROUP=0 if scale.shape[1] == 1 else group_size,
-            BLOCK_M=block_m,
+            BLOCK_M=32,
             WARPS=warps,
             BF16=x.dtype == torch.bfloat16,
             HAS_BIAS=bias is not None,
@@ -253,22 +252,15 @@ def int3_linear_triton(
     return y.to(x.dtype).view(*x.shape[:-1], n)
 
 
-def _num_warps(num_row_tiles: int, block_m: int) -> int:
-    """How many warps share a row tile: more of them where there are few programs to fill a device."""
-    if block_m > 8 or num_row_tiles > 512:
-        return 4
-    return 16 if num_row_tiles <= 128 else 8
-
-
 def int3_dequantize_triton(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
     """`ops.int3_dequantize` by the Triton kernel; arguments as checked there."""
-    qdata, scale, zero_point = _with_inner_contiguous(qdata, scale, zero_point)
+    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
     n = scale.shape[0]
     w = torch.empty((n, k), device=qdata.device, dtype=torch.float32 if interpreted() else dtype)
     if w.numel():
-        with _on_device(qdata):
+        with on_device(qdata):
             _dequantize_kernel[(-(-n // TILE_N), -(-k // TILE_K))](
                 qdata,
                 scale,
@@ -285,23 +277,3 @@ def int3_dequantize_triton(
                 enable_fp_fusion=True,
             )
     return w.to(dtype)
-
-
-def interpreted() -> bool:
-    """Whether the kernels are run by Triton's interpreter, which knows no assembly."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-def _with_inner_contiguous(qdata: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Slices are passed on as views; a tile must be one run of memory, and so must a row of scales."""
-    if qdata.stride()[2:] != (256, 8, 1):
-        qdata = qdata.contiguous()
-    return (
-        qdata,
-        scale if scale.stride(1) == 1 else scale.contiguous(),
-        zero_point if zero_point.stride(1) == 1 else zero_point.contiguous(),
-    )
-
-
-def _on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,0 +1,33 @@
+"""What every launcher of a Triton kernel needs."""
+
+import contextlib
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def interpreted() -> bool:
+    """Whether the kernels are run by Triton's interpreter, which knows no assembly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def with_inner_contiguous(qdata: Tensor, scale: Tensor, zero_point: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Slices are passed on as views; a tile must be one run of memory, and so must a row of scales."""
+    if qdata.stride()[2:] != (256, 8, 1):
+        qdata = qdata.contiguous()
+    return (
+        qdata,
+        scale if scale.stride(1) == 1 else scale.contiguous(),
+        zero_point if zero_point.stride(1) == 1 else zero_point.contiguous(),
+    )
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """Compute capability; under the interpreter, that of the GPU whose choices are to be interpreted."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
