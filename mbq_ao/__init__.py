@@ -9,6 +9,7 @@ The tree, and which way imports go (each line imports only from lines above it):
     quant_primitives.py    choose_qparams, quantize, dequantize: pure torch
     int3_tensor.py         MBQInt3Tensor, the weight that serves; int3_shapes.py: its slices, splits and views
     fuse_linears.py        linears that read one input: one launch for them
+    tuning.py              measure which kernel configuration is fastest here
     config.py              torchao configs: how a linear gets such a weight by plain rounding
     calibration/           MBQ itself; never imported at serve time. Start reading at calibration/mbq.py
     quantize.py            mbq_config and quantize_, the front door
@@ -37,6 +38,7 @@ __all__ = [
     "fuse_linears_",
     "mbq_config",
     "quantize_",
+    "tune",
     "unfuse_linears_",
 ]
 
@@ -47,6 +49,7 @@ _LAZY = {
     "ScaleGroup": "mbq_ao.calibration.fold",
     "compile_options": "mbq_ao.fuse_linears",
     "fuse_linears_": "mbq_ao.fuse_linears",
+    "tune": "mbq_ao.tuning",
     "unfuse_linears_": "mbq_ao.fuse_linears",
 }
 

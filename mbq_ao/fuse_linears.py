@@ -40,7 +40,7 @@ def fuse_linears_(model: nn.Module) -> list[list[str]]:
     groups = [
         [(f"{name}.{child}".removeprefix("."), m) for child, m in run]
         for name, p in model.named_modules()
-        for run in _runs(p)
+        for run in neighbours(p)
     ]
     new: list[tuple[nn.Module, str, nn.Parameter]] = []
     for group in groups:
@@ -123,7 +123,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         graph.erase_node(node)
 
 
-def _runs(parent: nn.Module) -> Iterator[list[tuple[str, nn.Linear]]]:
+def neighbours(parent: nn.Module) -> Iterator[list[tuple[str, nn.Linear]]]:
     """Two or more neighbours among the children of `parent` that can be laid together."""
     for candidate, children in groupby(parent.named_children(), key=lambda child: _key(child[1])):
         run: list[tuple[str, nn.Linear]] = []

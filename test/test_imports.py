@@ -9,7 +9,17 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "mbq_ao"
 # Every part may import from itself and from the parts before it.
-ORDER = ["kernels", "quant_primitives", "int3_tensor", "fuse_linears", "config", "calibration", "quantize", "demo"]
+ORDER = [
+    "kernels",
+    "quant_primitives",
+    "int3_tensor",
+    "fuse_linears",
+    "tuning",
+    "config",
+    "calibration",
+    "quantize",
+    "demo",
+]
 SAME_LAYER = {"int3_shapes": "int3_tensor"}
 
 

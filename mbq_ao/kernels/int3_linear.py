@@ -1,26 +1,15 @@
 # mypy: disable-error-code="no-untyped-def"
 # (what a jitted function takes and returns has types only to Triton)
-"""Triton kernels: a linear layer over packed 3-bit weights, and the weight unpacked.
+"""The linear layer over packed 3-bit weights on a GPU, whichever kernel serves it, and the weight unpacked.
 
     y[m, n] = sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero_point[n, k // g]) + bias[n]
 
-Up to 16 rows of x (decoding): `_linear_kernel`, the dot product on tensor cores from one row up, weights as
-operand A straight from the packed fragments, x as operand B. A program computes 32 rows of the weight, one row
-tile, for BLOCK_M rows of x; its warps take column tiles in turn and are summed in a fixed order at the end.
-The operand is never a dequantized weight:
+    int3_gemv.py     few rows of x, decoding: the operand is never a dequantized weight
+    int3_gemm.py     more rows, prefill: dequantized in registers
+    here             many rows, and fp32: dequantized once, in parts of TRANSIENT_BYTES, then torch's own matmul,
+                     which is at its peak there; no second copy of the weight is kept
 
-    fp16   masking gives the exact subnormal q * 2^(p - 24), p = 0, 3, 6 the field's place. One fp32 accumulator
-           for each p, joined with 2^-3 and 2^-6; the 2^24 goes into the scale.
-    bf16   has 7 bits of mantissa, too few for three places; or-ing in 0x4300 gives 128 + q * 2^p, p = 0, 3, and
-           128 * sum(x) is subtracted again.
-
-After each group: acc += scale * (dot - zero_point * sum(x)). The sum of x over the group is a dot with a matrix
-of ones, so it arrives in the registers that need it; both sums are fp32, and zero points stay integers.
-
-More rows: int3_gemm.py, up to where gemm_config.py finds that dequantizing once costs less. From there, and for
-fp32: `_dequantize_kernel`, then torch's own matmul, in parts of TRANSIENT_BYTES of weight: no second copy is kept.
-
-INTERPRETED is for Triton's interpreter, which takes a bf16 dot product of the bit patterns and truncates to bf16.
+choice.py says which.
 """
 
 import torch
@@ -28,147 +17,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq_ao.kernels.fragments import operand_of_pair, operand_of_slab, unpack_bf16, unpack_fp16
-from mbq_ao.kernels.gemm_config import fused_serves
+from mbq_ao.kernels.choice import Choice, choose
+from mbq_ao.kernels.gemm_config import GemmConfig
+from mbq_ao.kernels.gemv_config import GemvConfig
 from mbq_ao.kernels.int3_gemm import int3_gemm_triton
-from mbq_ao.kernels.launch import capability_of, interpreted, on_device, with_inner_contiguous
+from mbq_ao.kernels.int3_gemv import int3_gemv_triton
+from mbq_ao.kernels.launch import interpreted, on_device, with_inner_contiguous
 from mbq_ao.kernels.layout import TILE_K, TILE_N
 
-MAX_ROWS = 16  # of x for `_linear_kernel`
 TRANSIENT_BYTES = 128 << 20  # of dequantized weight at a time
-
-
-@triton.jit
-def _dot(a, b, acc, INTERPRETED: tl.constexpr):
-    if INTERPRETED:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    return tl.dot(a, b, acc)
-
-
-@triton.jit
-def _load_x(x, stride_xm, m, M, k0, K, WARPS: tl.constexpr, BLOCK_M: tl.constexpr, WIDTH: tl.constexpr):
-    """Operand B, (WARPS, 4 * WIDTH, BLOCK_M): x[m, k0 + 8 t + e], e < WIDTH, zero outside.
-
-    WIDTH = 8: a pair of slabs. WIDTH = 4: one of them.  k0: (WARPS,).
-    """
-    t = tl.arange(0, 4)[None, None, :, None]
-    e = tl.arange(0, WIDTH)[None, None, None, :]
-    k = k0[:, None, None, None] + t * 8
-    mask = (m[None, :, None, None] < M) & (k + e < K)
-    v = tl.load(x + m[None, :, None, None] * stride_xm + (k + e), mask=mask, other=0.0)
-    if WIDTH == 8:
-        v = v.reshape(WARPS, BLOCK_M, 4, 2, 2, 2).permute(0, 3, 4, 2, 5, 1)  # warp, slab, hi, t, odd, m
-    else:
-        v = v.reshape(WARPS, BLOCK_M, 4, 2, 2).permute(0, 3, 2, 4, 1)  # warp, hi, t, odd, m
-    return v.reshape(WARPS, 4 * WIDTH, BLOCK_M)
-
-
-@triton.jit
-def _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset, mask, BF16: tl.constexpr):
-    """acc + scale * (dot - zero_point * sum(x)) for one group; c*, s* are its dots and sums of x by class."""
-    d = tl.load(scale + offset, mask=mask, other=0.0).to(tl.float32)[:, :, None]
-    z = tl.load(zero + offset, mask=mask, other=0).to(tl.float32)[:, :, None]
-    if BF16:
-        return acc + d * ((c0 - 128.0 * s0) + 0.125 * (c3 - 128.0 * s3) - z * (s0 + s3))
-    return acc + d * (16777216.0 * (c0 + 0.125 * c3 + 0.015625 * c6) - z * s0)
-
-
-@triton.jit(do_not_specialize=["M"])  # or every batch size that is 1, or a multiple of 16, compiles anew
-def _linear_kernel(
-    x, qdata, scale, zero, bias, y, M, N, K, stride_xm, stride_q0, stride_q1, stride_scale, stride_zero,
-    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr,
-    HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
-):  # fmt: skip
-    """y = x @ dequantized(qdata).T + bias for 32 columns of y and BLOCK_M rows.  GROUP = 0: one scale a row."""
-    row_tile = tl.program_id(0)
-    m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
-    warp = tl.arange(0, WARPS)
-    rows = row_tile * 32 + tl.arange(0, 32)
-    num_tiles = tl.cdiv(K, 128)
-    DTYPE: tl.constexpr = tl.bfloat16 if BF16 else tl.float16
-    ones = tl.full([WARPS, 32, 32], 1.0, DTYPE)
-    ones_slab = tl.full([WARPS, 32, 16], 1.0, DTYPE)
-    none = tl.zeros([WARPS, 32, BLOCK_M], tl.float32)
-    acc = none
-    words = (
-        qdata + row_tile.to(tl.int64) * stride_q0 + tl.arange(0, 32)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
-    )
-    scale += rows.to(tl.int64)[None, :] * stride_scale
-    zero += rows.to(tl.int64)[None, :] * stride_zero
-    for first in range(0, num_tiles, WARPS):
-        tile = first + warp
-        at = words + (tile * stride_q1)[:, None, None]
-        inside = (tile < num_tiles)[:, None, None]
-        a = tl.load(at, mask=inside, other=0)
-        b = tl.load(at + 256, mask=inside, other=0)
-        c = tl.load(at + 512, mask=inside, other=0)
-        f = unpack_bf16(a, b, c, INTERPRETED) if BF16 else unpack_fp16(a, b, c, INTERPRETED)
-
-        k0 = tile * 128
-        group = k0 * 0 if GROUP == 0 else k0 // GROUP
-        offset = group[:, None]
-        mask = (tile < num_tiles)[:, None] & (rows < N)[None, :]
-        # A short last tile has fewer groups than 128 // GROUP; the others belong to padding.
-        limit = tl.cdiv(K, GROUP) if GROUP != 0 else 1
-
-        x0 = _load_x(x, stride_xm, m, M, k0, K, WARPS, BLOCK_M, 8)
-        c0 = _dot(operand_of_pair(f[0], f[1], f[2], f[3], WARPS), x0, none, INTERPRETED)
-        s0 = _dot(ones, x0, none, INTERPRETED)
-        c3, c6, s3 = none, none, none
-        if GROUP == 32:
-            acc = _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset, mask, BF16)
-            c0, s0 = none, none
-
-        x1 = _load_x(x, stride_xm, m, M, k0 + 32, K, WARPS, BLOCK_M, 8)
-        c3 = _dot(operand_of_pair(f[4], f[5], f[6], f[7], WARPS), x1, c3, INTERPRETED)
-        if BF16:
-            s3 = _dot(ones, x1, s3, INTERPRETED)
-        else:
-            s0 = _dot(ones, x1, s0, INTERPRETED)
-        if GROUP == 32:
-            mask1 = mask & (offset + 1 < limit)
-            acc = _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset + 1, mask1, BF16)
-        if GROUP == 64:
-            acc = _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset, mask, BF16)
-        if GROUP == 32 or GROUP == 64:
-            c0, c3, s0, s3 = none, none, none, none
-
-        x2 = _load_x(x, stride_xm, m, M, k0 + 64, K, WARPS, BLOCK_M, 8)
-        if BF16:
-            c0 = _dot(operand_of_pair(f[8], f[9], f[10], f[11], WARPS), x2, c0, INTERPRETED)
-        else:
-            c6 = _dot(operand_of_pair(f[8], f[9], f[10], f[11], WARPS), x2, c6, INTERPRETED)
-        s0 = _dot(ones, x2, s0, INTERPRETED)
-        if GROUP == 32:
-            mask2 = mask & (offset + 2 < limit)
-            acc = _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset + 2, mask2, BF16)
-            c0, c6, s0 = none, none, none
-
-        x3 = _load_x(x, stride_xm, m, M, k0 + 96, K, WARPS, BLOCK_M, 4)
-        x4 = _load_x(x, stride_xm, m, M, k0 + 100, K, WARPS, BLOCK_M, 4)
-        if BF16:
-            c3 = _dot(operand_of_slab(f[12], f[13], WARPS), x3, c3, INTERPRETED)
-            c0 = _dot(operand_of_slab(f[14], f[15], WARPS), x4, c0, INTERPRETED)
-            s3 = _dot(ones_slab, x3, s3, INTERPRETED)
-        else:
-            c0 = _dot(operand_of_slab(f[12], f[13], WARPS), x3, c0, INTERPRETED)
-            c3 = _dot(operand_of_slab(f[14], f[15], WARPS), x4, c3, INTERPRETED)
-            s0 = _dot(ones_slab, x3, s0, INTERPRETED)
-        s0 = _dot(ones_slab, x4, s0, INTERPRETED)
-        if GROUP == 32:
-            mask3 = mask & (offset + 3 < limit)
-            acc = _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset + 3, mask3, BF16)
-        elif GROUP == 64:
-            mask1 = mask & (offset + 1 < limit)
-            acc = _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset + 1, mask1, BF16)
-        else:
-            acc = _flush(acc, c0, c3, c6, s0, s3, scale, zero, offset, mask, BF16)
-
-    out = tl.sum(acc, 0)
-    if HAS_BIAS:
-        out += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-    at_y = y + m[None, :] * N + rows[:, None]
-    tl.store(at_y, out.to(y.dtype.element_ty), mask=(rows < N)[:, None] & (m < M)[None, :])
 
 
 @triton.jit
@@ -212,49 +69,30 @@ def int3_linear_triton(
 ) -> Tensor:
     """`ops.int3_linear` by the Triton kernels; arguments as checked there."""
     k, n = x.shape[-1], scale.shape[0]
-    rows = x.reshape(-1, k)
-    num_rows = rows.shape[0]
+    num_rows = x.numel() // k if k else 0
     if num_rows == 0 or n == 0:
         return x.new_empty((*x.shape[:-1], n))
     if x.dtype == torch.float32:
         return _dequantize_and_matmul(x, qdata, scale, zero_point, bias, group_size)
-    if num_rows > MAX_ROWS:
-        serves = fused_serves(num_rows, n, k, group_size, x.dtype, capability_of(x.device))
-        many = int3_gemm_triton if serves else _dequantize_and_matmul
-        return many(x, qdata, scale, zero_point, bias, group_size)
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
-    y = torch.empty((num_rows, n), device=x.device, dtype=torch.float32 if interpreted() else x.dtype)
-    block_m = 8 if num_rows <= 8 else 16
-    num_row_tiles = qdata.shape[0]
-    warps = min(_num_warps(num_row_tiles, block_m), triton.next_power_of_2(qdata.shape[1]))
-    with on_device(x):
-        _linear_kernel[(num_row_tiles, triton.cdiv(num_rows, block_m))](
-            rows,
-            qdata,
-            scale,
-            zero_point,
-            scale if bias is None else bias.contiguous(),
-            y,
-            num_rows,
-            n,
-            k,
-            rows.stride(0),
-            qdata.stride(0),
-            qdata.stride(1),
-            scale.stride(0),
-            zero_point.stride(0),
-            GROUP=0 if scale.shape[1] == 1 else group_size,
-            BLOCK_M=block_m,
-            WARPS=warps,
-            BF16=x.dtype == torch.bfloat16,
-            HAS_BIAS=bias is not None,
-            INTERPRETED=interpreted(),
-            num_warps=warps,
-            num_stages=1,
-            enable_fp_fusion=True,
-        )
-    return y.to(x.dtype).view(*x.shape[:-1], n)
+    choice = choose(num_rows, n, k, group_size, x.dtype, x.device)
+    return run_choice(choice, x, qdata, scale, zero_point, bias, group_size)
+
+
+def run_choice(
+    choice: Choice,
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    bias: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """The linear layer by the kernel and configuration that `choice` names, for at least one row of fp16 or bf16 x."""
+    if isinstance(choice, GemvConfig):
+        return int3_gemv_triton(x, qdata, scale, zero_point, bias, group_size, choice)
+    if isinstance(choice, GemmConfig):
+        return int3_gemm_triton(x, qdata, scale, zero_point, bias, group_size, choice)
+    return _dequantize_and_matmul(x, qdata, scale, zero_point, bias, group_size)
 
 
 def _dequantize_and_matmul(
@@ -282,13 +120,6 @@ def _dequantize_and_matmul(
             torch.addmm(bias[part], rows, weight.t(), out=y[:, part])
         del weight  # or the next part would be written beside it
     return y.view(*x.shape[:-1], n)
-
-
-def _num_warps(num_row_tiles: int, block_m: int) -> int:
-    """How many warps share a row tile: more of them where there are few programs to fill a device."""
-    if block_m > 8 or num_row_tiles > 512:
-        return 4
-    return 16 if num_row_tiles <= 128 else 8
 
 
 def int3_dequantize_triton(

@@ -31,3 +31,8 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 def capability_of(device: torch.device) -> tuple[int, int]:
     """Compute capability; under the interpreter, that of the GPU whose choices are to be interpreted."""
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+def num_sms_of(device: torch.device) -> int:
+    """Streaming multiprocessors; under the interpreter, those of an H100 or H200."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132

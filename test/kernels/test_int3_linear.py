@@ -13,10 +13,10 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from mbq_ao.kernels import int3_linear  # noqa: E402
+from mbq_ao.kernels import choice, int3_linear  # noqa: E402
+from mbq_ao.kernels.gemv_config import MAX_ROWS  # noqa: E402
 from mbq_ao.kernels.int3_gemm import int3_gemm_triton  # noqa: E402
 from mbq_ao.kernels.int3_linear import (  # noqa: E402
-    MAX_ROWS,
     int3_dequantize_triton,
     int3_linear_triton,
 )
@@ -167,7 +167,7 @@ def test_the_dequantized_weight_is_held_in_parts(with_bias: bool, monkeypatch: p
         sizes.append(weight.nbytes)
         return weight
 
-    monkeypatch.setattr(int3_linear, "fused_serves", lambda *_: False)
+    monkeypatch.setattr(choice, "fused_serves", lambda *_: False)
     monkeypatch.setattr(int3_linear, "int3_dequantize_triton", dequantize)
     monkeypatch.setattr(int3_linear, "TRANSIENT_BYTES", limit)
     assert_matches_reference(int3_linear_triton(*args), args)
@@ -184,7 +184,7 @@ def test_many_rows_go_where_the_model_says(serves: bool, monkeypatch: pytest.Mon
         fused.append(arguments)
         return int3_gemm_triton(*arguments)
 
-    monkeypatch.setattr(int3_linear, "fused_serves", lambda *_: serves)
+    monkeypatch.setattr(choice, "fused_serves", lambda *_: serves)
     monkeypatch.setattr(int3_linear, "int3_gemm_triton", gemm)
     assert_matches_reference(int3_linear_triton(*args), args)
     assert len(fused) == serves
