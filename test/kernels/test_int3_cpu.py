@@ -32,6 +32,10 @@ def weight(n: int, k: int, group_size: int, dtype: torch.dtype = torch.float32) 
     return pack_int3(q), scale, zero_point
 
 
+def data(w: MBQInt3Tensor) -> Weight:
+    return w.qdata, w.scale, w.zero_point
+
+
 def random_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(dtype)
 
@@ -103,11 +107,11 @@ class TestValues:
         assert int3_linear(random_x(0, 256), *w, None, 128).shape == (0, 64)
 
     def test_slices_of_a_weight(self, uncompiled: None) -> None:
-        w = MBQInt3Tensor.from_hp(random_x(128, 512), 64)
-        x = random_x(2, 512)
-        torch.testing.assert_close(nn.functional.linear(x, w[64:]), x @ w.dequantize()[64:].t())
-        columns = nn.functional.linear(x[:, 128:384], w[:, 128:384])
-        torch.testing.assert_close(columns, x[:, 128:384] @ w.dequantize()[:, 128:384].t())
+        w, x = MBQInt3Tensor.from_hp(random_x(128, 512), 64), random_x(2, 512)
+        rows, columns = w[64:], w[:, 128:384]
+        assert_right(nn.functional.linear(x, rows), x, data(rows), None, 64)
+        x = x[:, 128:384]
+        assert_right(nn.functional.linear(x, columns), x, data(columns), None, 64)
 
     def test_data_at_an_odd_offset(self, uncompiled: None) -> None:
         qdata, scale, zero_point = w = weight(64, 256, 128)
@@ -164,6 +168,10 @@ class TestWhenItCompiles:
         monkeypatch.setenv("MBQ_AO_CPU_COMPILE", "0")
         int3_linear(random_x(1, 256), *weight(64, 256, 128), None, 128)
         assert calls == []
+        monkeypatch.delenv("MBQ_AO_CPU_COMPILE")
+        with pytest.warns(UserWarning, match="no compiler"):
+            int3_linear(random_x(1, 256), *weight(64, 256, 128), None, 128)
+        assert calls == [1]
 
     @pytest.mark.parametrize(
         ("group_size", "per_tile"), [(32, 4), (64, 2), (128, 1), (256, 1), (300, 1)], ids=lambda value: str(value)
@@ -203,6 +211,9 @@ def test_compiled(few_weights: None) -> None:
             x = random_x(rows, k, dtype=dtype)
             with next(modes)():
                 assert_right(int3_linear(x, *w, bias, group_size), x, w, bias, group_size)
+    columns = MBQInt3Tensor.from_hp(random_x(64, 512), 128)[:, 256:]
+    x = random_x(2, 256)
+    assert_right(nn.functional.linear(x, columns), x, data(columns), None, 128)
     assert counters["stats"]["unique_graphs"] == 1
 
     model = nn.Sequential(linear(160, 256), nn.ReLU(), linear(96, 160))
