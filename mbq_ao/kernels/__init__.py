@@ -2,8 +2,11 @@
 
 layout.py        where bit b of weight (n, k) lives: pack and unpack
 reference.py     every op in plain fp32 torch: the spec and the oracle
-int3_linear.py   the Triton kernels, imported only where they can run; which of them serves how many rows
-int3_gemm.py     the one for many rows: weights dequantized in registers
-gemm_config.py   how it is cut, and up to how many rows it serves
+fragments.py     packed words to tensor-core operands; launch.py: what every launcher needs
+int3_gemv.py     few rows of x, decoding; gemv_config.py: how it is cut
+int3_gemm.py     many rows, prefill: weights dequantized in registers; gemm_config.py: how it is cut, up to where
+int3_linear.py   the Triton kernels behind one function, imported only where they can run
+choice.py        which of them serves: arithmetic, or what mbq_ao.tune measured
+int3_cpu.py      the linear layer on a CPU
 ops.py           torch.ops.mbq_ao.*, the only door
 """

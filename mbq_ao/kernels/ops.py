@@ -7,6 +7,7 @@
 What each computes is reference.py. Which code computes it:
 
     CUDA, compute capability 8.0 or newer, with triton    the Triton kernels
+    CPU                                                   int3_cpu.py: compiled C++ for few rows of x
     every other device                                    unpack, dequantize, torch's own linear
 
 These are custom ops, not `triton_op`s: the choice of a kernel by the number of rows then adds no guard and no
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbq_ao.kernels.int3_cpu import int3_linear_cpu
 from mbq_ao.kernels.layout import TILE_N, check_qdata
 from mbq_ao.kernels.reference import dequantize_reference
 
@@ -44,6 +46,8 @@ def int3_linear(
         from mbq_ao.kernels.int3_linear import int3_linear_triton
 
         return int3_linear_triton(x, qdata, scale, zero_point, bias, group_size)
+    if x.device.type == "cpu":
+        return int3_linear_cpu(x, qdata, scale, zero_point, bias, group_size)
     weight = dequantize_reference(qdata, scale, zero_point, x.shape[-1], group_size, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype)).contiguous()
 
