@@ -40,7 +40,7 @@ from mbq_ao.kernels.reference import dequantize_reference
 
 logger = logging.getLogger(__name__)
 
-MAX_ROWS = 32  # beyond, unpacking once is cheaper than unpacking in registers for each row
+MAX_ROWS = 16  # beyond, unpacking once is cheaper than unpacking in registers for each row
 MIN_WEIGHTS = 1 << 18  # smaller weights are unpacked within milliseconds; a toy model compiles nothing
 _CHUNK = 1 << 21  # weights dequantized at a time: they stay in the cache until they are multiplied
 _R = 5
@@ -200,11 +200,14 @@ def _bit(pair: int, slab: int) -> int:
 def _field(planes: tuple[Tensor, ...], plane: int, field: int, bit: int, odd: int) -> Tensor:
     """One field of each word, as fp32, times 2^(16 odd + bit)."""
     if field == _R:
-        parts = [(p >> 15 - bit - i) & (1 << 16 * odd + bit + i) for i, p in enumerate(planes)]
-        return (parts[0] | parts[1] | parts[2]).float()
-    shift = 3 * field - bit
-    word = planes[plane] >> shift if shift else planes[plane]
-    return (word & (7 << 16 * odd + bit)).float()
+        a, b, c = (p >> 15 - bit & (1 << bit | 1 << 16 + bit) for p in planes)
+        # Doubled by adding: a mask or a shift more is a constant more, and those are out of registers already.
+        bc = c + c + b
+        value = bc + bc + a
+    else:
+        shift = 3 * field - bit
+        value = planes[plane] >> shift if shift else planes[plane]
+    return (value & (7 << 16 * odd + bit)).float()
 
 
 @functools.cache
