@@ -17,8 +17,8 @@ from mbq_ao.kernels.int3_linear import (  # noqa: E402
     MAX_ROWS,
     int3_dequantize_triton,
     int3_linear_triton,
-    interpreted,
 )
+from mbq_ao.kernels.launch import interpreted  # noqa: E402
 from mbq_ao.kernels.layout import pack_int3  # noqa: E402
 from mbq_ao.kernels.reference import dequantize_reference, int3_linear_reference  # noqa: E402
 
