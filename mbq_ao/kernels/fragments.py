@@ -4,7 +4,11 @@
 
 Unpacking 32 weights, one 32-bit word of each plane, is 18 LOP3 and 5 shifts in fp16, 18 and 9 in bf16, in inline
 assembly, because Triton handles 16-bit integers one at a time. INTERPRETED spells the same bits in Triton, for its
-interpreter. `operand_of_*` only rename registers: the order of bits in layout.py is the order of mma.m16n8k16.
+interpreter. `operand*_of_*` only rename registers: the order of bits in layout.py is the order of mma.m16n8k16.
+
+A field's *place* is the power of two that its value comes with. Fragments of one place may share an accumulator, so
+few places make few accumulators. Where an accumulator is used long enough to pay for more of them, the functions
+`*_by_block` shift less: 3 shifts instead of 5 in fp16, 6 instead of 9 in bf16, and both row blocks differ.
 """
 
 import triton
@@ -152,7 +156,7 @@ def places_of(bf16: bool, by_block: bool, block: int) -> tuple[int, ...]:
 
 @triton.jit
 def unpack_fp16_by_block(a, b, c, INTERPRETED: tl.constexpr):
-    """`unpack_fp16` with two shifts less a word, at the price of four more places in row block 1.
+    """`unpack_fp16` with two shifts less, at the price of four more places in row block 1.
 
     Shifted by 9, 8 and 7, the planes' spare bits already lie at bits 6, 7 and 8 of R.
     """
@@ -205,7 +209,7 @@ def unpack_fp16_by_block(a, b, c, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def unpack_bf16_by_block(a, b, c, INTERPRETED: tl.constexpr):
-    """`unpack_bf16` with three shifts less a word, at the price of two more places in row block 1.
+    """`unpack_bf16` with three shifts less, at the price of two more places in row block 1.
 
     Shifted by 12, 11 and 10, the planes' spare bits lie at bits 3, 4 and 5 of R, whose place is 3.
     """

@@ -4,10 +4,11 @@
 
     y[m, n] = sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero_point[n, k // g]) + bias[n]
 
-Few rows of x (up to 64, decoding): `_linear_kernel`, the dot product on tensor cores from one row up, weights as
-operand A straight from the packed fragments, x as operand B. A program computes 32 rows of the weight, one row
-tile, for BLOCK_M rows of x; its warps take column tiles in turn and are summed in a fixed order at the end.
-The operand is never a dequantized weight:
+Up to 16 rows of x (decoding): int3_gemv.py.
+
+Up to 64: `_linear_kernel`, the dot product on tensor cores, weights as operand A straight from the packed fragments,
+x as operand B. A program computes 32 rows of the weight, one row tile, for BLOCK_M rows of x; its warps take column
+tiles in turn and are summed in a fixed order at the end. The operand is never a dequantized weight:
 
     fp16   masking gives the exact subnormal q * 2^(p - 24), p = 0, 3, 6 the field's place. One fp32 accumulator
            for each p, joined with 2^-3 and 2^-6; the 2^24 goes into the scale.
