@@ -4,7 +4,11 @@
 
 Unpacking 32 weights, one 32-bit word of each plane, is 18 LOP3 and 5 shifts in fp16, 18 and 9 in bf16, in inline
 assembly, because Triton handles 16-bit integers one at a time. INTERPRETED spells the same bits in Triton, for its
-interpreter. `operand_of_*` only rename registers: the order of bits in layout.py is the order of mma.m16n8k16.
+interpreter. `operand*_of_*` only rename registers: the order of bits in layout.py is the order of mma.m16n8k16.
+
+A field's *place* is the power of two that its value comes with. Fragments of one place may share an accumulator, so
+few places make few accumulators. Where an accumulator is used long enough to pay for more of them, the functions
+`*_by_block` shift less: 3 shifts instead of 5 in fp16, 6 instead of 9 in bf16, and both row blocks differ.
 """
 
 import triton
@@ -122,37 +126,8 @@ def unpack_bf16(a, b, c, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def operand_of_slab(block0, block1, WARPS: tl.constexpr):
-    """Operand A of one slab, (WARPS, 32 rows, 16 columns), from its two row blocks in (WARPS, lane, half) order."""
-    v = tl.join(block0, block1).reshape(WARPS, 8, 4, 2, 2, 2, 2)  # warp, g, t, hi, up, odd, block
-    return v.permute(0, 6, 4, 1, 3, 2, 5).reshape(WARPS, 32, 16)
-
-
-@triton.jit
-def operand_of_pair(u0, u1, v0, v1, WARPS: tl.constexpr):
-    """Operand A of two slabs, (WARPS, 32, 32)."""
-    both = tl.join(operand_of_slab(u0, u1, WARPS), operand_of_slab(v0, v1, WARPS))
-    return both.permute(0, 1, 3, 2).reshape(WARPS, 32, 32)
-
-
-@triton.constexpr_function
-def place(bf16: bool, by_block: bool, pair: int, slab: int, block: int) -> int:
-    """The p of a fragment's values, q * 2^(p - 24) or 128 + q * 2^p, as the unpacking functions leave them."""
-    plane, field = FIELDS[pair][slab][block]
-    if by_block:
-        return ((0, 3, 0, 3, plane, 3) if bf16 else (0, 3, 6, plane, 3 + plane, 6))[field]
-    return ((0, 0), (3, 3), (0, 0), (3, 0))[pair][slab] if bf16 else ((0, 0), (3, 3), (6, 6), (0, 3))[pair][slab]
-
-
-@triton.constexpr_function
-def places_of(bf16: bool, by_block: bool, block: int) -> tuple[int, ...]:
-    """The distinct places of a row block: the accumulators that it needs."""
-    return tuple(sorted({place(bf16, by_block, pair, slab, block) for pair in range(4) for slab in range(2)}))
-
-
-@triton.jit
 def unpack_fp16_by_block(a, b, c, INTERPRETED: tl.constexpr):
-    """`unpack_fp16` with two shifts less a word, at the price of four more places in row block 1.
+    """`unpack_fp16` with two shifts less, at the price of four more places in row block 1.
 
     Shifted by 9, 8 and 7, the planes' spare bits already lie at bits 6, 7 and 8 of R.
     """
@@ -205,7 +180,7 @@ def unpack_fp16_by_block(a, b, c, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def unpack_bf16_by_block(a, b, c, INTERPRETED: tl.constexpr):
-    """`unpack_bf16` with three shifts less a word, at the price of two more places in row block 1.
+    """`unpack_bf16` with three shifts less, at the price of two more places in row block 1.
 
     Shifted by 12, 11 and 10, the planes' spare bits lie at bits 3, 4 and 5 of R, whose place is 3.
     """

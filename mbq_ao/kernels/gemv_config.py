@@ -56,17 +56,16 @@ def default_gemv_config(
     num_warps = 8 if few_programs and per_program > 4 * most else 4
     num_warps = min(num_warps, _power_of_2(per_program))
     per_warp = -(-per_program // num_warps)
-    # The longest chunk among those that leave the fewest tiles beyond the end of K to the last one.
-    col_tiles = min(
-        range(min(most, per_warp), max(0, most - 4), -1), key=lambda t: -(-per_warp // t) * t, default=per_warp
-    )
+    # Of the longer chunks, one that leaves the fewest tiles beyond the end of K.
+    lengths = range(min(most, per_warp), min(most // 2, per_warp - 1), -1)
+    col_tiles = min(lengths, key=lambda length: -(-per_warp // length) * length)
     return GemvConfig(num_warps=num_warps, col_tiles=col_tiles, split_k=split_k)
 
 
 def _most_col_tiles(rows: int, group_size: int) -> int:
     """The column tiles of a chunk whose weights, x and scales fit into the registers of a thread."""
     small = group_size == 32
-    return {1: 8, 2: 4 if small else 8, 4: 4, 8: 2 if small else 4, 16: 1 if small else 2}[rows]
+    return {1: 8, 2: 4 if small else 8, 4: 2 if small else 4, 8: 2 if small else 4, 16: 1 if small else 2}[rows]
 
 
 def _power_of_2(number: int) -> int:
@@ -99,7 +98,7 @@ def gemv_constants(
         "SPLIT_K": config.split_k,
         "BF16": bf16,
         # Fewer instructions a weight, more a set and, for fp16, more registers than a loop leaves.
-        "BY_BLOCK": rows <= 2 and (bf16 or (unit >= 64 and one_chunk)),
+        "BY_BLOCK": unit >= 64 and (rows <= 2 if bf16 else rows == 1 and one_chunk),
         "EVEN": even,
         "ONE_CHUNK": one_chunk,
         "VECTOR": vector,

@@ -182,43 +182,45 @@ def _load_groups(
 ):  # fmt: skip
     """What the rows p + row, (1, 8, 1), hold for each set of a chunk."""
     loaded = ()
-    first = first[:, None, None]
-    if SPAN == 1:
-        for start in tl.static_range(0, COL_UNITS, VECTOR):
-            at = row + _group(first + start + tl.arange(0, 4)[None, None, :] * 0, K, GROUP, UNIT, EVEN)
-            if VECTOR == 1:
-                loaded += (tl.load(p + at),)
-            else:
-                several = tl.load(p + (at[:, :, :, None] + tl.arange(0, VECTOR)[None, None, None, :]))
-                if VECTOR == 2:
-                    loaded = loaded + tl.split(several)
-                else:
-                    even, odd = tl.split(several.reshape(several.shape[0], 8, 4, 2, 2))
-                    v0, v2 = tl.split(even)
-                    v1, v3 = tl.split(odd)
-                    loaded += (v0, v1, v2, v3)
-    else:
-        for start in tl.static_range(0, COL_UNITS, SPAN):
+    first = first[:, None, None] + tl.arange(0, 4)[None, None, :] * 2 % SPAN
+    for start in tl.static_range(0, COL_UNITS, VECTOR if SPAN == 1 else SPAN):
+        if SPAN == 1 or start + SPAN <= COL_UNITS:
+            at = _group_at(p, row, first, start, K, GROUP, UNIT, EVEN)
+            next_at = _group_at(p, row, first, start + 1, K, GROUP, UNIT, EVEN)
+        else:  # x of a column without a unit is zero; what it is scaled by must be finite
             unit = start + tl.arange(0, 4)[None, None, :] * 2 % SPAN
-            next_unit = unit + 1
-            if start + SPAN > COL_UNITS:  # x of a column without a unit is zero; what it is scaled by must be finite
-                unit = tl.minimum(unit, COL_UNITS - VECTOR)
-                next_unit = tl.minimum(next_unit, COL_UNITS - 1)
-            at = row + _group(first + unit, K, GROUP, UNIT, EVEN)
-            if VECTOR == 2:
-                pair = tl.load(p + (at[:, :, :, None] + tl.arange(0, 2)[None, None, None, :]))
+            own = first + tl.minimum(unit, COL_UNITS - VECTOR) - unit
+            at = _group_at(p, row, own, start, K, GROUP, UNIT, EVEN)
+            own = first + tl.minimum(unit + 1, COL_UNITS - 1) - unit - 1
+            next_at = _group_at(p, row, own, start + 1, K, GROUP, UNIT, EVEN)
+        if VECTOR == 1:
+            loaded += (tl.load(at) if SPAN == 1 else tl.join(tl.load(at), tl.load(next_at)),)
+        else:
+            several = tl.load(at[:, :, :, None] + tl.arange(0, VECTOR)[None, None, None, :])
+            if SPAN > 1:
+                loaded += (several,)
+            elif VECTOR == 2:
+                loaded += tl.split(several)
             else:
-                pair = tl.join(tl.load(p + at), tl.load(p + (row + _group(first + next_unit, K, GROUP, UNIT, EVEN))))
-            loaded += (pair,)
+                even, odd = tl.split(several.reshape(several.shape[0], 8, 4, 2, 2))
+                v0, v2 = tl.split(even)
+                v1, v3 = tl.split(odd)
+                loaded += (v0, v1, v2, v3)
     return loaded
 
 
 @triton.jit
-def _group(unit, K, GROUP: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr):
+def _group_at(
+    p, row, first, UNIT_OFFSET: tl.constexpr, K, GROUP: tl.constexpr, UNIT: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Pointers to the groups of units first + UNIT_OFFSET, which is kept apart where it can be part of a load."""
     if GROUP == 0:
-        return unit * 0
-    group = unit if GROUP == UNIT else unit // (GROUP // UNIT)
-    return group if EVEN else tl.minimum(group, (K - 1) // GROUP)
+        return p + (row + first * 0)
+    elif GROUP == UNIT and EVEN:
+        return p + (row + first) + UNIT_OFFSET
+    else:
+        group = (first + UNIT_OFFSET) // (GROUP // UNIT)
+        return p + (row + tl.minimum(group, (K - 1) // GROUP))
 
 
 @triton.jit
@@ -251,11 +253,8 @@ def _sums(
     dense: operand B of a set before masking.  PHASE: the place of its first unit in a tile.  The sum is times 2^24 for
     bf16, as zero points and, for fp16, dots are times 2^-24.
     """
-    PAIRS: tl.constexpr = len(dense)
+    PAIRS: tl.constexpr = len(dense) // 2
     none = tl.zeros([WARPS, 16, 8], tl.float32)
-    xs = ()
-    for pair in tl.static_range(PAIRS):
-        xs = xs + operands_of_x(dense[pair], WARPS)
     if BF16:
         # Rows 0..7 and 8..15 of one product: the offsets of both blocks if they differ, else offset and sum.
         both = none
@@ -267,7 +266,7 @@ def _sums(
                     _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 1) if BY_BLOCK else 16777216.0,
                     WARPS,
                 )
-                part = _dot(halves, xs[i], part, INTERPRETED)
+                part = _dot(halves, dense[i], part, INTERPRETED)
             own = (PHASE + tl.arange(0, 8)[None, None, :] % SPAN) % (4 // PAIRS) == phase
             both = tl.where(own, part, both) if SPAN > 1 and PAIRS < 4 else part
         offset0, offset1 = _halves(both, WARPS)
@@ -277,7 +276,7 @@ def _sums(
         ones = tl.full([WARPS, 16, 16], 16777216.0 if BF16 else 1.0, tl.bfloat16 if BF16 else tl.float16)
         total = none
         for i in tl.static_range(2 * PAIRS):
-            total = _dot(ones, xs[i], total, INTERPRETED)
+            total = _dot(ones, dense[i], total, INTERPRETED)
         if BF16:
             return offset0, offset1, total
         else:
@@ -295,12 +294,12 @@ def _flush(
     """
     BLOCKS: tl.constexpr = len(scales) // (4 * SETS)
     HALVES: tl.constexpr = len(acc) // BLOCKS
-    PAIRS: tl.constexpr = len(dense) // HALVES
+    SLABS: tl.constexpr = len(dense) // HALVES
     SLOTS: tl.constexpr = _num_slots(BF16, BY_BLOCK)
     new = ()
     for half in tl.static_range(HALVES):
         offset0, offset1, total = _sums(
-            dense[half * PAIRS : (half + 1) * PAIRS], PHASE, SPAN, WARPS, BF16, BY_BLOCK, INTERPRETED
+            dense[half * SLABS : (half + 1) * SLABS], PHASE, SPAN, WARPS, BF16, BY_BLOCK, INTERPRETED
         )
         for block in tl.static_range(BLOCKS):
             d = _in_accumulator(scales[4 * block * SETS + SET], scales[(4 * block + 2) * SETS + SET], WARPS, SPAN)
@@ -395,10 +394,14 @@ def _gemv_kernel(
         # where they are used, which is what it does to save registers.
         _pin(INTERPRETED)
         xs = _load_x(x, first, M, K, stride_xm, ROWS, UNIT, COL_UNITS, 0, EVEN) + xs
+        dense = ()
         dots = ()
         fields = ()
         for unit in tl.static_range(COL_UNITS):
             if unit % SPAN == 0:
+                dense = ()
+                for pair in tl.static_range(HALVES * PAIRS):
+                    dense += operands_of_x(xs[unit // SPAN * HALVES * PAIRS + pair], WARPS)
                 dots = ()
                 for _ in tl.static_range(HALVES * ROW_TILES * SLOTS):
                     dots += (none,)
@@ -408,20 +411,19 @@ def _gemv_kernel(
                     fields += (
                         _unpack(planes[3 * at], planes[3 * at + 1], planes[3 * at + 2], BF16, BY_BLOCK, INTERPRETED),
                     )
-            dense = xs[unit // SPAN * HALVES * PAIRS : (unit // SPAN + 1) * HALVES * PAIRS]
             for i in tl.static_range(2 * PAIRS):
+                kept = dense[i :: 2 * PAIRS]  # one for each eight rows of x
+                if SPAN > 1:
+                    kept = (keep_where(kept[0], column, unit % SPAN, INTERPRETED),)
                 for block in tl.static_range(2 * ROW_TILES):
                     a = operand_of_block(fields[block // 2][2 * (unit % UNITS * 2 * PAIRS + i) + block % 2], WARPS)
                     for half in tl.static_range(HALVES):
-                        b = operands_of_x(dense[half * PAIRS + i // 2], WARPS)[i % 2]
-                        if SPAN > 1:
-                            b = keep_where(b, column, unit % SPAN, INTERPRETED)
                         dots = _add_dot(
                             dots,
                             (half * ROW_TILES + block // 2) * SLOTS
                             + _slot(BF16, BY_BLOCK, unit % UNITS * PAIRS + i // 2, i % 2, block % 2),
                             a,
-                            b,
+                            kept[half],
                             INTERPRETED,
                         )
             if unit % SPAN == SPAN - 1 or unit == COL_UNITS - 1:

@@ -1,6 +1,7 @@
 """The shipped kernels, compiled for real GPUs on a machine that may have none: what the interpreter cannot see.
 
-In a process of its own: conftest.py has set Triton's interpreter up in this one.
+In a process of its own: conftest.py has set Triton's interpreter up in this one. The numbers hold for Triton 3.9 and
+are allowed 3%, for another ptxas or a repair; the whole table is in benchmarks/README.md.
 """
 
 import importlib.util
@@ -13,6 +14,10 @@ import sys
 import pytest
 
 REPORT = pathlib.Path(__file__).parents[2] / "benchmarks" / "sass_report.py"
+PER_WEIGHT = {"fp16": 1.25, "bf16": 1.35}  # instructions a weight of the whole kernel, one row of x
+ALU = {"fp16": 0.77, "bf16": 0.86}  # of the pipe of half the rate
+LOOP_OF_8_ROWS = 1.45
+ALLOWED = 1.03
 
 
 @pytest.fixture(scope="module")
@@ -26,34 +31,41 @@ def rows() -> list[dict]:
         pytest.skip(f"TRITON WITHOUT {', '.join(missing).upper()}: the kernels are not compiled for any GPU here")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(REPORT), "--json", "--quick"], capture_output=True, text=True, env=environment
+        [sys.executable, str(REPORT), "--gate", "--json"], capture_output=True, text=True, env=environment
     )
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
 def test_all_generations_are_compiled(rows: list[dict]) -> None:
-    assert {row["arch"] for row in rows} == {80, 89, 90, 100}
-    assert len(rows) == 8
+    one_row = [(row["arch"], row["dtype"]) for row in rows if row["rows"] == 1]
+    assert one_row == [(arch, dtype) for arch in (80, 89, 90, 100, 120) for dtype in ("fp16", "bf16")]
+    assert [row["arch"] for row in rows if row["rows"] == 8] == [90]
 
 
 def test_nothing_spills(rows: list[dict]) -> None:
     assert [row for row in rows if row["spills"] or row["stack"]] == []
 
 
-def test_tensor_cores_and_wide_loads(rows: list[dict]) -> None:
-    for row in rows:
-        assert row["tensor_core"] >= 16, row  # 2 row blocks x 8 slabs
-        assert row["loads_128"] >= 3, row  # a plane each
-
-
-def test_no_shared_memory_between_weights_and_tensor_cores(rows: list[dict]) -> None:
-    # Scales may pass through shared memory; operands would need wide stores or ldmatrix.
-    for row in rows:
-        assert not [o for o in row["opcodes"] if o.startswith(("LDSM", "STSM", "STS.128", "STS.64"))], row
-
-
 def test_instructions_a_weight(rows: list[dict]) -> None:
-    # 1.9 to 2.3 with Triton 3.9, depending on the target; above 3.2 an H200 would be bound by arithmetic.
     for row in rows:
-        assert row["per_weight"] <= 2.6, row
+        if row["rows"] == 1:
+            assert row["per_weight"] <= PER_WEIGHT[row["dtype"]] * ALLOWED, row
+            assert row["alu"] <= ALU[row["dtype"]] * ALLOWED, row
+            assert row["loop"] is None, row
+        else:
+            assert row["loop"] <= LOOP_OF_8_ROWS * ALLOWED, row
+
+
+def test_every_generation_is_below_what_its_memory_allows(rows: list[dict]) -> None:
+    for row in rows:
+        assert row["per_weight"] < row["budget"], row
+
+
+def test_weights_are_loaded_ahead_and_go_straight_to_the_tensor_cores(rows: list[dict]) -> None:
+    for row in rows:
+        # All of a warp's K at one row of x: 8 tiles of 3 planes. Half at eight rows.
+        assert row["loads"] == (24 if row["rows"] == 1 else 12), row
+        assert row["shared_before_last_dot"] == 0, row
+        # 8 tiles of 16 dots and one sum of x, or 4 tiles of 16 dots and 8 for a sum of x each.
+        assert row["tensor_core"] == (96 if row["rows"] == 8 else 128 + (8 if row["dtype"] == "fp16" else 16)), row
