@@ -192,7 +192,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     for arch, rows, dtype, group, shape in itertools.product(*chosen, arguments.shape or ["4096x4096"]):
         n, k = (int(size) for size in shape.split("x"))
         if rows > MAX_ROWS and not arguments.kernel:
-            parser.error(f"{rows} rows are served by another kernel: see gemm_sass_report.py")
+            raise SystemExit(f"{rows} rows of x are served by another kernel: see gemm_sass_report.py")
         kernel = arguments.kernel or "gemv"
         cases.append(Case(arch, rows, dtype, min(group, k), n, k, kernel))
     return cases

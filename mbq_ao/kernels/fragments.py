@@ -125,6 +125,21 @@ def unpack_bf16(a, b, c, INTERPRETED: tl.constexpr):
         )
 
 
+@triton.constexpr_function
+def place(bf16: bool, by_block: bool, pair: int, slab: int, block: int) -> int:
+    """The p of a fragment's values, q * 2^(p - 24) or 128 + q * 2^p, as the unpacking functions leave them."""
+    plane, field = FIELDS[pair][slab][block]
+    if by_block:
+        return ((0, 3, 0, 3, plane, 3) if bf16 else (0, 3, 6, plane, 3 + plane, 6))[field]
+    return ((0, 0), (3, 3), (0, 0), (3, 0))[pair][slab] if bf16 else ((0, 0), (3, 3), (6, 6), (0, 3))[pair][slab]
+
+
+@triton.constexpr_function
+def places_of(bf16: bool, by_block: bool, block: int) -> tuple[int, ...]:
+    """The distinct places of a row block: the accumulators that it needs."""
+    return tuple(sorted({place(bf16, by_block, pair, slab, block) for pair in range(4) for slab in range(2)}))
+
+
 @triton.jit
 def unpack_fp16_by_block(a, b, c, INTERPRETED: tl.constexpr):
     """`unpack_fp16` with two shifts less, at the price of four more places in row block 1.
