@@ -111,7 +111,7 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
     """x @ W.T in fp32, or None, after a warning, where the kernel cannot be compiled."""
     num_row_tiles, num_col_tiles = qdata.shape[:2]
     per_tile = 1 if scale.shape[1] == 1 else max(TILE_K // group_size, 1)
-    y = torch.empty((x.shape[0], num_row_tiles * TILE_N))
+    lanes = torch.empty((x.shape[0], num_row_tiles, 2, 8, _LANES))
     # The mode is a guard of the compiled kernel, and so is the kind of its inputs: they are always the same.
     with torch.inference_mode():
         words = _words(qdata)
@@ -119,10 +119,10 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
         x_lanes, x_sums = _lanes(x, num_col_tiles, per_tile)
         try:
             with _first_call if per_tile not in _compiled else contextlib.nullcontext():
-                y[0] = _kernel(per_tile)(words, x_lanes[0], x_sums[0], factors)
+                lanes[0] = _kernel(per_tile)(words, x_lanes[0], x_sums[0], factors)
                 _compiled.add(per_tile)
             for row in range(1, x.shape[0]):
-                y[row] = _kernel(per_tile)(words, x_lanes[row], x_sums[row], factors)
+                lanes[row] = _kernel(per_tile)(words, x_lanes[row], x_sums[row], factors)
         except RuntimeError as error:
             _no_compiler.set()
             warnings.warn(
@@ -131,7 +131,8 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
                 stacklevel=2,
             )
             return None
-    return y[:, : scale.shape[0]]
+    y = lanes.view(*lanes.shape[:-1], 8, 2).sum(4)  # row, row tile, block, g, up
+    return y.transpose(3, 4).reshape(x.shape[0], -1)[:, : scale.shape[0]]
 
 
 def _first_line(error: Exception) -> str:
@@ -215,8 +216,12 @@ def _kernel(per_tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """The kernel for so many groups in a tile; torch.compile compiles it when it is first called."""
     logger.info("compiling the 3-bit CPU kernel for groups of %d columns", TILE_K // per_tile)
 
-    def row_of_y(words: Tensor, x: Tensor, x_sums: Tensor, factors: Tensor) -> Tensor:
-        """(N,) from what `_words`, `_lanes` (one row of it) and `_factors` return."""
+    def lanes_of_y(words: Tensor, x: Tensor, x_sums: Tensor, factors: Tensor) -> Tensor:
+        """One row of y, (row tile, block, g, lane), to be summed over (t, hi).
+
+        The arguments are what `_words`, `_lanes` (one row of it) and `_factors` return. The last sum is not here:
+        with several threads torch 2.13 would start a parallel region for each of its elements.
+        """
         num_row_tiles, num_col_tiles = words.shape[:2]
         # Only for its mask: on AVX2 torch 2.13 loads integers through a buffer, at half the speed, unless masked.
         words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 0, 0, 1))[:, :num_col_tiles]
@@ -239,7 +244,6 @@ def _kernel(per_tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
                 scale, offset = factors[:, :, block, group].unbind(2)
                 groups.append((chains[0] + chains[1]) * scale - offset * x_sums[:, group, None, :])
             blocks.append(functools.reduce(operator.add, groups).sum(1))  # row tile, g, lane
-        y = torch.stack(blocks, 1).unflatten(-1, (8, 2)).sum(3)  # row tile, block, g, up
-        return y.transpose(2, 3).reshape(-1)
+        return torch.stack(blocks, 1)
 
-    return torch.compile(row_of_y, fullgraph=True, dynamic=True, options=_OPTIONS)
+    return torch.compile(lanes_of_y, fullgraph=True, dynamic=True, options=_OPTIONS)
