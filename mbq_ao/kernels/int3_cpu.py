@@ -12,15 +12,16 @@ they stand in the word, 2^bit too big, and x comes 2^-bit smaller, which is exac
 
 One row of x is one call. So the number of rows is in no shape, a row's result does not depend on its neighbours, and
 N and K are dynamic: a model compiles once for its groups of 128 columns and more, once for 64, once for 32, whatever
-its layers. Unrolling over rows shares the unpacking but ran out of registers: 2 rows took twice the time of 2 calls.
+its layers; another number of threads compiles again. Rejected: unrolling over rows, to unpack once for several. It
+runs out of registers and was slower than a call a row.
 
-When: at the first call with few rows on a weight of MIN_WEIGHTS or more, in eager and inside a compiled model alike.
-It takes seconds, on a busy machine up to a minute, and less once torch has the result on disk; unpacking the weights
-of a model of half a billion parameters takes longer than that within the first tokens. The choice depends on sizes
+When: at the first call with few rows for the size of the weight, in eager and inside a compiled model alike.
+It takes some ten seconds, on a busy machine up to a minute, and less once torch has the result on disk; a model of
+half a billion parameters loses more by unpacking within the first dozens of tokens. The choice depends on sizes
 alone, so that a call always has the same bits. MBQ_AO_CPU_COMPILE=0 in the environment turns it off. Where
 torch.compile finds no C++ compiler one warning says so and the weight is unpacked instead.
 
-Rejected: words with N innermost, as in a layout of its own; it is no faster, and would need the weight twice.
+Rejected: words with N innermost, a layout of its own: no fewer instructions, and it would need the weight twice.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from mbq_ao.kernels.reference import dequantize_reference
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16  # beyond, unpacking once is cheaper than unpacking in registers for each row
-MIN_WEIGHTS = 1 << 18  # smaller weights are unpacked within milliseconds; a toy model compiles nothing
+MIN_WEIGHTS_PER_ROW = 1 << 17  # calling the kernel takes as long as unpacking so many; a toy model compiles nothing
 _CHUNK = 1 << 21  # weights dequantized at a time: they stay in the cache until they are multiplied
 _R = 5
 _LANES = 16  # t, hi, up
@@ -61,7 +62,7 @@ def int3_linear_cpu(
     """`ops.int3_linear` for tensors on a CPU; arguments as checked there. Accumulates in fp32."""
     rows = x.reshape(-1, x.shape[-1])
     y = None
-    if 0 < rows.shape[0] <= MAX_ROWS and _worth_compiling(qdata):
+    if _worth_compiling(rows.shape[0], qdata):
         y = _linear_compiled(rows, qdata, scale, zero_point, group_size)
     if y is None:
         y = _linear_dequantized(rows, qdata, scale, zero_point, group_size)
@@ -99,12 +100,13 @@ _first_call = threading.Lock()  # threads that call at once would each compile
 _compiled: set[int] = set()
 
 
-def _worth_compiling(qdata: Tensor) -> bool:
+def _worth_compiling(num_rows: int, qdata: Tensor) -> bool:
     num_row_tiles, num_col_tiles = qdata.shape[:2]
     if _no_compiler.is_set() or os.environ.get("MBQ_AO_CPU_COMPILE", "1") == "0":
         return False
-    # A size of 1 would be compiled for apart.
-    return min(num_row_tiles, num_col_tiles) > 1 and num_row_tiles * num_col_tiles * TILE_N * TILE_K >= MIN_WEIGHTS
+    if not 0 < num_rows <= MAX_ROWS or min(num_row_tiles, num_col_tiles) < 2:  # a size of 1 would be compiled for apart
+        return False
+    return num_rows * MIN_WEIGHTS_PER_ROW <= num_row_tiles * num_col_tiles * TILE_N * TILE_K
 
 
 def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor | None:
