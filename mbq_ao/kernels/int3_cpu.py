@@ -12,15 +12,16 @@ they stand in the word, 2^bit too big, and x comes 2^-bit smaller, which is exac
 
 One row of x is one call. So the number of rows is in no shape, a row's result does not depend on its neighbours, and
 N and K are dynamic: a model compiles once for its groups of 128 columns and more, once for 64, once for 32, whatever
-its layers. Unrolling over rows shares the unpacking but ran out of registers: 2 rows took twice the time of 2 calls.
+its layers; another number of threads compiles again. Rejected: unrolling over rows, to unpack once for several. It
+runs out of registers and was slower than a call a row.
 
-When: at the first call with few rows on a weight of MIN_WEIGHTS or more, in eager and inside a compiled model alike.
-It takes seconds, on a busy machine up to a minute, and less once torch has the result on disk; unpacking the weights
-of a model of half a billion parameters takes longer than that within the first tokens. The choice depends on sizes
+When: at the first call with few rows for the size of the weight, in eager and inside a compiled model alike.
+It takes some ten seconds, on a busy machine up to a minute, and less once torch has the result on disk; a model of
+half a billion parameters loses more by unpacking within the first dozens of tokens. The choice depends on sizes
 alone, so that a call always has the same bits. MBQ_AO_CPU_COMPILE=0 in the environment turns it off. Where
 torch.compile finds no C++ compiler one warning says so and the weight is unpacked instead.
 
-Rejected: words with N innermost, as in a layout of its own; it is no faster, and would need the weight twice.
+Rejected: words with N innermost, a layout of its own: no fewer instructions, and it would need the weight twice.
 """
 
 import contextlib
@@ -41,7 +42,7 @@ from mbq_ao.kernels.reference import dequantize_reference
 logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16  # beyond, unpacking once is cheaper than unpacking in registers for each row
-MIN_WEIGHTS = 1 << 18  # smaller weights are unpacked within milliseconds; a toy model compiles nothing
+MIN_WEIGHTS_PER_ROW = 1 << 17  # calling the kernel takes as long as unpacking so many; a toy model compiles nothing
 _CHUNK = 1 << 21  # weights dequantized at a time: they stay in the cache until they are multiplied
 _R = 5
 _LANES = 16  # t, hi, up
@@ -61,7 +62,7 @@ def int3_linear_cpu(
     """`ops.int3_linear` for tensors on a CPU; arguments as checked there. Accumulates in fp32."""
     rows = x.reshape(-1, x.shape[-1])
     y = None
-    if 0 < rows.shape[0] <= MAX_ROWS and _worth_compiling(qdata):
+    if _worth_compiling(rows.shape[0], qdata):
         y = _linear_compiled(rows, qdata, scale, zero_point, group_size)
     if y is None:
         y = _linear_dequantized(rows, qdata, scale, zero_point, group_size)
@@ -99,19 +100,20 @@ _first_call = threading.Lock()  # threads that call at once would each compile
 _compiled: set[int] = set()
 
 
-def _worth_compiling(qdata: Tensor) -> bool:
+def _worth_compiling(num_rows: int, qdata: Tensor) -> bool:
     num_row_tiles, num_col_tiles = qdata.shape[:2]
     if _no_compiler.is_set() or os.environ.get("MBQ_AO_CPU_COMPILE", "1") == "0":
         return False
-    # A size of 1 would be compiled for apart.
-    return min(num_row_tiles, num_col_tiles) > 1 and num_row_tiles * num_col_tiles * TILE_N * TILE_K >= MIN_WEIGHTS
+    if not 0 < num_rows <= MAX_ROWS or min(num_row_tiles, num_col_tiles) < 2:  # a size of 1 would be compiled for apart
+        return False
+    return num_rows * MIN_WEIGHTS_PER_ROW <= num_row_tiles * num_col_tiles * TILE_N * TILE_K
 
 
 def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor | None:
     """x @ W.T in fp32, or None, after a warning, where the kernel cannot be compiled."""
     num_row_tiles, num_col_tiles = qdata.shape[:2]
     per_tile = 1 if scale.shape[1] == 1 else max(TILE_K // group_size, 1)
-    y = torch.empty((x.shape[0], num_row_tiles * TILE_N))
+    lanes = torch.empty((x.shape[0], num_row_tiles, 2, 8, _LANES))
     # The mode is a guard of the compiled kernel, and so is the kind of its inputs: they are always the same.
     with torch.inference_mode():
         words = _words(qdata)
@@ -119,10 +121,10 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
         x_lanes, x_sums = _lanes(x, num_col_tiles, per_tile)
         try:
             with _first_call if per_tile not in _compiled else contextlib.nullcontext():
-                y[0] = _kernel(per_tile)(words, x_lanes[0], x_sums[0], factors)
+                lanes[0] = _kernel(per_tile)(words, x_lanes[0], x_sums[0], factors)
                 _compiled.add(per_tile)
             for row in range(1, x.shape[0]):
-                y[row] = _kernel(per_tile)(words, x_lanes[row], x_sums[row], factors)
+                lanes[row] = _kernel(per_tile)(words, x_lanes[row], x_sums[row], factors)
         except RuntimeError as error:
             _no_compiler.set()
             warnings.warn(
@@ -131,7 +133,8 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
                 stacklevel=2,
             )
             return None
-    return y[:, : scale.shape[0]]
+    y = lanes.view(*lanes.shape[:-1], 8, 2).sum(4)  # row, row tile, block, g, up
+    return y.transpose(3, 4).reshape(x.shape[0], -1)[:, : scale.shape[0]]
 
 
 def _first_line(error: Exception) -> str:
@@ -215,8 +218,12 @@ def _kernel(per_tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """The kernel for so many groups in a tile; torch.compile compiles it when it is first called."""
     logger.info("compiling the 3-bit CPU kernel for groups of %d columns", TILE_K // per_tile)
 
-    def row_of_y(words: Tensor, x: Tensor, x_sums: Tensor, factors: Tensor) -> Tensor:
-        """(N,) from what `_words`, `_lanes` (one row of it) and `_factors` return."""
+    def lanes_of_y(words: Tensor, x: Tensor, x_sums: Tensor, factors: Tensor) -> Tensor:
+        """One row of y, (row tile, block, g, lane), to be summed over (t, hi).
+
+        The arguments are what `_words`, `_lanes` (one row of it) and `_factors` return. The last sum is not here:
+        with several threads torch 2.13 would start a parallel region for each of its elements.
+        """
         num_row_tiles, num_col_tiles = words.shape[:2]
         # Only for its mask: on AVX2 torch 2.13 loads integers through a buffer, at half the speed, unless masked.
         words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 0, 0, 1))[:, :num_col_tiles]
@@ -239,7 +246,6 @@ def _kernel(per_tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
                 scale, offset = factors[:, :, block, group].unbind(2)
                 groups.append((chains[0] + chains[1]) * scale - offset * x_sums[:, group, None, :])
             blocks.append(functools.reduce(operator.add, groups).sum(1))  # row tile, g, lane
-        y = torch.stack(blocks, 1).unflatten(-1, (8, 2)).sum(3)  # row tile, block, g, up
-        return y.transpose(2, 3).reshape(-1)
+        return torch.stack(blocks, 1)
 
-    return torch.compile(row_of_y, fullgraph=True, dynamic=True, options=_OPTIONS)
+    return torch.compile(lanes_of_y, fullgraph=True, dynamic=True, options=_OPTIONS)

@@ -61,7 +61,7 @@ def assert_right(y: Tensor, x: Tensor, w: Weight, bias: Tensor | None, group_siz
 @pytest.fixture
 def few_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MBQ_AO_CPU_COMPILE", raising=False)
-    monkeypatch.setattr(int3_cpu, "MIN_WEIGHTS", 0)
+    monkeypatch.setattr(int3_cpu, "MIN_WEIGHTS_PER_ROW", 0)
 
 
 @pytest.fixture
@@ -162,9 +162,8 @@ class TestWhenItCompiles:
         int3_linear(random_x(int3_cpu.MAX_ROWS + 1, 256), *weight(64, 256, 128), None, 128)
         int3_linear(random_x(1, 128), *weight(64, 128, 128), None, 128)
         int3_linear(random_x(1, 256), *weight(32, 256, 128), None, 128)
-        monkeypatch.setattr(int3_cpu, "MIN_WEIGHTS", 64 * 256 + 1)
-        int3_linear(random_x(1, 256), *weight(64, 256, 128), None, 128)
-        monkeypatch.setattr(int3_cpu, "MIN_WEIGHTS", 64 * 256)
+        monkeypatch.setattr(int3_cpu, "MIN_WEIGHTS_PER_ROW", 64 * 256)
+        int3_linear(random_x(2, 256), *weight(64, 256, 128), None, 128)
         monkeypatch.setenv("MBQ_AO_CPU_COMPILE", "0")
         int3_linear(random_x(1, 256), *weight(64, 256, 128), None, 128)
         assert calls == []
