@@ -5,6 +5,7 @@ defaults here are arithmetic, to be replaced by what a GPU measures. A tuner pas
 """
 
 import dataclasses
+import functools
 
 import torch
 
@@ -38,6 +39,7 @@ class GemvConfig:
             )
 
 
+@functools.cache
 def default_gemv_config(
     num_rows: int, n: int, k: int, group_size: int, dtype: torch.dtype, *, num_sms: int = 132
 ) -> GemvConfig:
