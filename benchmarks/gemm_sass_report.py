@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[1]), str(pathlib.Path(__file__).resolve().parent)]
-from sass_report import disassemble, main_loop  # noqa: E402
+from sass_report import disassemble, parse  # noqa: E402
 
 from mbq_ao.kernels.gemm_config import GemmConfig, cuts  # noqa: E402
 from mbq_ao.kernels.int3_gemm import _gemm_kernel  # noqa: E402
@@ -74,7 +74,9 @@ def report(cut: int, case: dict, arch: int) -> dict:
     config = cuts(divmod(arch, 10))[cut]
     kernel = compile_gemm(config, case, arch)
     sass, usage = disassemble(kernel.asm["cubin"])
-    loop = main_loop(sass)
+    code, loops = parse(sass)
+    start, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, len(code)))
+    loop = code[start:end]
     opcodes = collections.Counter(opcode for opcode, _ in loop)
     every_opcode = set(re.findall(r"\b(?:LDL|STL)\b[\w.]*", sass))
     tensor = {name: sum(n for o, n in opcodes.items() if o.startswith(name)) for name in ("HMMA", "HGMMA", "UTCHMMA")}

@@ -122,19 +122,26 @@ def disassemble(cubin: bytes) -> tuple[str, dict[str, int]]:
     return sass, {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
 
 
-def program_and_loop(sass: str) -> tuple[list[str], list[str]]:
-    """Opcodes of the whole program up to its end, and of the longest backward branch; without NOPs."""
-    code: list[str] = []
+def parse(sass: str) -> tuple[list[tuple[str, str]], list[tuple[int, int]]]:
+    """(opcode, operands) of every instruction but NOPs, and (first, one past the last) of every backward branch."""
+    code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for line in sass.splitlines():
         if label := LABEL.match(line):
             labels[label[1]] = len(code)
         elif (instruction := INSTRUCTION.search(line)) and instruction[1] != "NOP":
-            code.append(instruction[1])
+            code.append((instruction[1], instruction[2]))
             target = re.search(r"\.L_x_\d+", instruction[2])
             if instruction[1].startswith("BRA") and target and target[0] in labels:
                 loops.append((labels[target[0]], len(code)))
+    return code, loops
+
+
+def program_and_loop(sass: str) -> tuple[list[str], list[str]]:
+    """Opcodes of the whole program up to its end, and of the longest backward branch."""
+    instructions, loops = parse(sass)
+    code = [opcode for opcode, _ in instructions]
     end = max(i for i, opcode in enumerate(code) if opcode.startswith("EXIT")) + 1
     start, stop = max((loop for loop in loops if loop[1] <= end), key=lambda loop: loop[1] - loop[0], default=(0, 0))
     return code[:end], code[start:stop]
