@@ -5,8 +5,10 @@
 
 Results are checked against fp64 before anything is timed. Contenders take turns, call by call, so that what else the
 machine does hits all of them, and a figure is the median over the rounds of (time of the other / time of ours) within
-a round. The cache is filled with other data before each call, as the other layers of a model would. x is in fp32
-except where it says otherwise. The int4 kernel has groups of 128 as well.
+a round. Rounds in which a fixed matmul, run before and after, is slowed down are dropped: a busy neighbour on the same
+core takes away arithmetic rather than memory bandwidth, and so changes the ratios. The cache is filled with other
+data before each call, as the other layers of a model would. x is in fp32 except where it says otherwise. The int4
+kernel has groups of 128 as well.
 """
 
 from __future__ import annotations
@@ -38,6 +40,9 @@ SHAPES = [(4096, 4096), (11008, 2048), (896, 4864), (896, 896)]  # N, K
 ROWS = [1, 2, 4, 8, 16, 64]
 MAX_ROWS_INT4_FP32 = 8  # seconds a call beyond
 MIN_ROUNDS = 7
+PATIENCE = 4
+BUSY = 1.2  # a round counts if the probes before and after it took less than this times the best probe
+PROBE = torch.ones(512, 512)
 RESULTS = pathlib.Path(__file__).resolve().parent / "results"
 
 # Column: what is divided by what, in the names of `contenders`.
@@ -90,26 +95,49 @@ class Layer:
                 raise SystemExit(f"{name} is wrong, relative error {error:.1e}: nothing was timed")
 
 
-def measure(contenders: Contenders, seconds: float) -> dict[str, dict[str, float]]:
-    """For each of RATIOS the median over rounds, and the ratio of the fastest calls."""
+def measure(contenders: Contenders, seconds: float) -> dict:
+    """For each of RATIOS the median over quiet rounds, and the ratio of the fastest calls; the numbers of rounds.
+
+    Goes on for up to PATIENCE * seconds until MIN_ROUNDS were quiet; if they were not, all rounds count.
+    """
     other_data = torch.ones(24 << 20)  # 96 MiB
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["int3"]) < MIN_ROUNDS:
+    rounds: list[tuple[float, dict[str, float]]] = []
+    quiet: list[dict[str, float]] = []
+    start = time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds or len(rounds) < MIN_ROUNDS or len(quiet) < MIN_ROUNDS:
+        if elapsed > PATIENCE * seconds and len(rounds) >= MIN_ROUNDS:
+            break
+        probe, times = _probe(), {}
         for name, run in contenders.items():
             other_data.add_(1)
-            start = time.perf_counter()
+            before = time.perf_counter()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name] = time.perf_counter() - before
+        rounds.append((max(probe, _probe()), times))
+        quiet = [times for probe, times in rounds if probe < BUSY * _best_probe[torch.get_num_threads()]]
+    counted = quiet if len(quiet) >= MIN_ROUNDS else [times for _, times in rounds]
     ratios = {
         label: {
-            "median": round(statistics.median(a / b for a, b in zip(times[other], times[ours], strict=True)), 2),
-            "fastest": round(min(times[other]) / min(times[ours]), 2),
+            "median": round(statistics.median(times[other] / times[ours] for times in counted), 2),
+            "fastest": round(min(times[other] for times in counted) / min(times[ours] for times in counted), 2),
         }
         for label, (other, ours) in RATIOS.items()
-        if other in times
+        if other in contenders and ours in contenders
     }
-    return ratios | {"rounds": len(times["int3"])}
+    return ratios | {"rounds": len(rounds), "quiet": len(quiet)}
+
+
+_best_probe: dict[int, float] = {}
+
+
+def _probe() -> float:
+    """The time of a fixed matmul: slower than its best, something else has a share of the machine."""
+    threads = torch.get_num_threads()
+    start = time.perf_counter()
+    PROBE @ PROBE
+    taken = time.perf_counter() - start
+    _best_probe[threads] = min(taken, _best_probe.get(threads, taken))
+    return taken
 
 
 def device() -> str:
@@ -124,7 +152,8 @@ def table(rows: list[dict]) -> str:
     for row in rows:
         ratios = row["ratios"]
         figures = " | ".join(f"{ratios[label]['median']:.2f}" if label in ratios else "" for label in RATIOS)
-        lines.append(f"| {row['threads']} | {row['n']} x {row['k']} | {row['m']} | {figures} |")
+        busy = "" if ratios["quiet"] >= MIN_ROUNDS else " (busy)"
+        lines.append(f"| {row['threads']} | {row['n']} x {row['k']} | {row['m']}{busy} | {figures} |")
     return "\n".join(lines)
 
 
@@ -158,9 +187,13 @@ def main() -> None:
                 if first:
                     print(f"# ready after {time.perf_counter() - start:.0f} s, compilation included", flush=True)
                     first = False
-                row = {"threads": threads, "n": n, "k": k, "m": m, "ratios": measure(contenders, args.seconds)}
+                # Apart: its calls are long, and so would be the rounds.
+                uncompiled = {name: contenders[name] for name in ("fp32", "int3_uncompiled")}
+                del contenders["int3_uncompiled"]
+                ratios = measure(uncompiled, args.seconds / 3) | measure(contenders, args.seconds)
+                row = {"threads": threads, "n": n, "k": k, "m": m, "ratios": ratios}
                 rows.append(row)
-                print(table([row]).splitlines()[-1], f"({row['ratios']['rounds']} rounds)", flush=True)
+                print(table([row]).splitlines()[-1], f"({ratios['quiet']}/{ratios['rounds']} quiet)", flush=True)
     if not args.quick:
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / "cpu.json").write_text(json.dumps(facts | {"rows": rows}, indent=1) + "\n")
