@@ -90,7 +90,7 @@ def test_cpu(case: Case) -> None:
 @settings(max_examples=60, derandomize=True, deadline=None)
 def test_compiled_on_cpu(case: Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(int3_cpu, "MIN_WEIGHTS", 0)
+        patch.setattr(int3_cpu, "MIN_WEIGHTS_PER_ROW", 0)
         assert_right(torch.ops.mbq_ao.int3_linear(*case.arguments()), case)
 
 
