@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("gate", "kernels", "peers", "end_to_end")
+PARTS = {"gate": 4, "kernels": 4, "peers": 5, "end_to_end": 7}  # and how each weighs in sharing out what time is left
 PACKAGES = ("torch", "triton", "transformers", "torchao", "gemlite", "humming-kernels", "any_precision_ext")
 
 
@@ -53,8 +53,9 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_parts, default=PARTS, help=f"comma-separated, of {', '.join(PARTS)}")
+    parser.add_argument("--only", type=_parts, default=tuple(PARTS), help=f"comma-separated, of {', '.join(PARTS)}")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    parser.add_argument("--minutes", type=float, default=7.5, help="for all parts, shared out as they go (7.5)")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--render", type=Path, metavar="JSON", help="write the Markdown of this result and stop")
     parser.add_argument("--compile-mode", help="torch.compile's mode for decoding, instead of the preferred one")
@@ -89,8 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compile_mode:
         context.options["compile_mode"] = arguments.compile_mode
     results: dict[str, Any] = {"about": about(context), "verdict": None, "parts": {}}
-    for part in arguments.only:
-        results["parts"][part] = RUN[part](context)
+    for i, part in enumerate(arguments.only):
+        left = began + 60 * arguments.minutes - time.monotonic()
+        share = PARTS[part] / sum(PARTS[later] for later in arguments.only[i:])
+        results["parts"][part] = RUN[part](context, left * share)
         if part == "gate":
             results["verdict"] = gate.verdict(results["parts"]["gate"])
             context.fp16 = results["verdict"]["fp16"]
@@ -103,32 +106,35 @@ def run(arguments: argparse.Namespace) -> int:
     return int(bool(results["verdict"]) and not results["verdict"]["passed"])
 
 
-def run_gate(context: Any) -> list[dict[str, Any]]:
+def run_gate(context: Any, seconds: float) -> list[dict[str, Any]]:
     from gpu_benchmark import gate, tasks
 
-    return tasks.run_together(gate.tasks(context.smoke), context)
+    return tasks.run_together(gate.tasks(seconds), context)
 
 
-def run_kernels(context: Any) -> list[dict[str, Any]]:
+def run_kernels(context: Any, seconds: float) -> list[dict[str, Any]]:
     from gpu_benchmark import kernels, tasks
 
-    return tasks.run_one_by_one(kernels.tasks(context.smoke), context, seconds=110)
+    return tasks.run_together(kernels.tasks(seconds), context)
 
 
-def run_peers(context: Any) -> list[dict[str, Any]]:
+def run_peers(context: Any, seconds: float) -> list[dict[str, Any]]:
     from gpu_benchmark import peers, tasks
 
-    tasks.run_together(peers.warm_tasks(context.smoke), context)
-    return tasks.run_one_by_one(peers.tasks(context.smoke), context, seconds=120)
+    began = time.monotonic()
+    tasks.run_together(peers.warm_tasks(0.35 * seconds, context.smoke), context)
+    left = seconds - (time.monotonic() - began)
+    return tasks.run_one_by_one(peers.tasks(left), context, left)
 
 
-def run_end_to_end(context: Any) -> list[dict[str, Any]]:
+def run_end_to_end(context: Any, seconds: float) -> list[dict[str, Any]]:
     from gpu_benchmark import end_to_end, tasks
 
-    return tasks.run_in_turns(end_to_end.tasks(context.smoke), context, prepare=150, seconds=80)
+    todo = end_to_end.tasks(0.35 * seconds / 3, context.smoke)  # one that hangs leaves two thirds to the others
+    return tasks.run_in_turns(todo, context, prepare=0.65 * seconds, seconds=0.35 * seconds)
 
 
-RUN: dict[str, Callable[[Any], list[dict[str, Any]]]] = {
+RUN: dict[str, Callable[[Any, float], list[dict[str, Any]]]] = {
     "gate": run_gate,
     "kernels": run_kernels,
     "peers": run_peers,

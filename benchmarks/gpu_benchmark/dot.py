@@ -1,4 +1,4 @@
-"""One tensor-core product in Triton, in a file of its own: Triton reads its interpreter's switch when it is imported."""
+"""One tensor-core product in Triton. A file of its own: the switch of Triton's interpreter is read at import."""
 
 from __future__ import annotations
 

@@ -87,12 +87,14 @@ SMALL_TEXT = {
 MODELS: dict[str, Callable[[bool], Any]] = {"Qwen2.5-VL-7B": qwen2_5_vl, "LLaVA-OneVision-7B": llava_onevision}
 
 
-def tasks(smoke: bool) -> list[Task]:
-    seconds = 20.0 if smoke else 25.0
+def tasks(seconds: float, smoke: bool) -> list[Task]:
+    """Every model in every precision, `seconds` for the turn of each. A smoke run leaves out what repeats itself."""
+    pairs = [(model, precision) for model in MODELS for precision in PRECISIONS]
+    if smoke:
+        pairs = [*pairs[: len(PRECISIONS)], pairs[-1]]
     return [
         Task(f"{model}, {precision}", functools.partial(measure, model=model, precision=precision), seconds)
-        for model in MODELS
-        for precision in PRECISIONS
+        for model, precision in pairs
     ]
 
 
@@ -108,8 +110,7 @@ def measure(context: Context, *, model: str, precision: str) -> None:
     prompt = inputs["input_ids"].shape[1]
     new_tokens = 8 if context.smoke else NEW_TOKENS
     session = Session(vlm, clock, inputs, prompt + new_tokens, context)
-    token = session.prefill()
-    session.prepare_decode(token)
+    session.prepare_decode()
     context.emit({
         "model": model, "precision": precision, "quantized_linears": linears, "prompt_tokens": prompt,
         "new_tokens": new_tokens, "weight_bytes": weight_bytes(vlm), **session.how,
@@ -242,16 +243,14 @@ class Session:
         self.step: Callable[[], object] = self._eager_step
 
     @torch.no_grad()
-    def prefill(self) -> Tensor:
-        """The first token. Starts the sequence anew."""
+    def prefill(self) -> None:
+        """Start the sequence anew: the prompt, and the first token."""
         self.cache.reset()
         logits = self.vlm(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
-        token = logits[:, -1:].argmax(-1)
-        self.token.copy_(token)
+        self.token.copy_(logits[:, -1:].argmax(-1))
         # Positions count on from the prompt's length. Qwen2.5-VL's run behind it by a constant after an image, which
         # costs the same.
         self.position.fill_(self.inputs["input_ids"].shape[1])
-        return token
 
     def _forward(self, token: Tensor, position: Tensor) -> Tensor:
         text = self.vlm.model.language_model
@@ -268,8 +267,8 @@ class Session:
         self.token.copy_(forward(self.token, self.position))
         self.position.add_(1)
 
-    def prepare_decode(self, first_token: Tensor) -> None:
-        """Choose the best of WAYS that works and gives the token that the eager step gives."""
+    def prepare_decode(self) -> None:
+        """Take the first of WAYS that works; whether it gives the token that the eager step gives is recorded."""
         expected = self._second_token(self._eager_step)
         ways = [("eager" if mode else None, graph) for mode, graph in WAYS[1:3]] if self.context.smoke else WAYS
         for mode, graph in ways:
@@ -277,7 +276,7 @@ class Session:
                 step = self._compiled_step(mode)
                 got = self._second_token(step)  # compiles
                 if graph:
-                    self._restart()
+                    self.prefill()
                     step = self.clock.capture([step])
                     got = self._second_token(step)
             except Exception:
@@ -300,9 +299,6 @@ class Session:
                 self._advance(forward)
 
         return step
-
-    def _restart(self) -> None:
-        self.prefill()
 
     def _second_token(self, step: Callable[[], object]) -> Tensor:
         self.prefill()

@@ -27,7 +27,7 @@ class Clock:
 
     MIN_CALLS = 16  # so that the gap between two replays is spread over enough calls
     MAX_CALLS = 256
-    SECONDS = 0.15  # for the repeats of one measurement
+    SECONDS = 0.1  # for the repeats of one measurement
     CACHES = 3
 
     def __init__(self, device: torch.device) -> None:

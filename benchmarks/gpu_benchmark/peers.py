@@ -16,6 +16,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.resources
+import importlib.util
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +95,7 @@ class TorchaoInt4(Peer):
 
 
 class Gemlite(Peer):
-    """Values and scales as HQQ's: w = (q - zero) * scale. fp16, because its kernels add with atomics where K is split."""
+    """Values and scales as HQQ's, w = (q - zero) * scale; fp16, as in its own examples and benchmarks."""
 
     name, bits, package, modules = "gemlite W4", 4, "gemlite", ("gemlite", "gemlite.helper")
     dtype = torch.float16
@@ -199,23 +200,20 @@ def pack_bitplanes(q: Tensor, bits: int) -> Tensor:
     return (packed - ((packed >> 31) << 32)).to(torch.int32)  # as a signed word
 
 
-def warm_tasks(smoke: bool) -> list[Task]:
+def warm_tasks(seconds: float, smoke: bool) -> list[Task]:
     """For every peer that compiles: some of the matrices, called once with every number of rows."""
     shapes, _ = shapes_and_rows(smoke)
-    seconds = 20.0 if smoke else 55.0
     return [
         Task(f"compile {peer.name} {i}", functools.partial(warm, peer=peer, shapes=shapes[i::WARM_SHARDS]), seconds)
         for peer in PEERS
         for i in range(WARM_SHARDS)
-        if peer.compiles and not smoke
+        if peer.compiles and _importable(peer)
     ]
 
 
 def warm(context: Context, *, peer: Peer, shapes: list[tuple[int, int]]) -> None:
-    try:
-        peer.load()
-    except ImportError:
-        return  # said when it is its turn to be measured
+    """Compile, untimed. What fails here fails again, and is recorded, when it is measured."""
+    peer.load()
     _, rows = shapes_and_rows(context.smoke)
     for n, k in shapes:
         layer, _ = peer.prepare(torch.rand(n, k, device=context.device).mul_(2).sub_(1).to(peer.dtype))
@@ -223,9 +221,15 @@ def warm(context: Context, *, peer: Peer, shapes: list[tuple[int, int]]) -> None
             layer(torch.randn(m, k, device=context.device).to(peer.dtype))
 
 
-def tasks(smoke: bool) -> list[Task]:
-    seconds = 20.0 if smoke else 35.0
-    return [Task(peer.name, functools.partial(measure, peer=peer), seconds) for peer in PEERS]
+def _importable(peer: Peer) -> bool:
+    """Whether it is installed, without importing it: that is for children to do."""
+    return all(importlib.util.find_spec(module.partition(".")[0]) is not None for module in peer.modules)
+
+
+def tasks(seconds: float) -> list[Task]:
+    """`seconds` for all; a peer that is missing leaves its part to the others."""
+    share = seconds / max(1, sum(_importable(peer) for peer in PEERS))
+    return [Task(peer.name, functools.partial(measure, peer=peer), share) for peer in PEERS]
 
 
 def measure(context: Context, *, peer: Peer) -> None:
@@ -242,13 +246,17 @@ def measure(context: Context, *, peer: Peer) -> None:
     shapes, rows = shapes_and_rows(context.smoke)
     few, many = ([m for m in rows if (m <= MAX_ROWS_FIRST) == first] for first in (True, False))
     plan = [(shape, few) for shape in shapes] + [(shape, many) for shape in shapes]
+    failed: set[tuple[int, int]] = set()
     for i, ((n, k), ms) in enumerate(plan):
         if context.remaining() < 0:
             context.emit({"not_reached": [f"{n} x {k}, M {ms[0]} to {ms[-1]}" for (n, k), ms in plan[i:]]})
             return
+        if (n, k) in failed:
+            continue
         try:
             measure_shape(context, clock, peer, n, k, ms)
         except Exception:
+            failed.add((n, k))
             context.emit({"n": n, "k": k, "error": traceback.format_exc(limit=-3)})
 
 

@@ -30,7 +30,9 @@ def _about(results: dict[str, Any]) -> str:
     about = results["about"]
     title = "# mbq_ao on a GPU"
     if about.get("smoke"):
-        title += "\n\n**Smoke run on a CPU with tiny shapes: it shows that the script works. No number here means anything.**"
+        title += (
+            "\n\n**Smoke run on a CPU with tiny shapes: it shows that the script works. Its numbers mean nothing.**"
+        )
     lines = [f"- {name}: {value}" for name, value in about.items() if name not in ("smoke", "versions")]
     lines.append("- versions: " + ", ".join(f"{k} {v}" for k, v in about["versions"].items()))
     return title + "\n\n" + "\n".join(lines)
@@ -38,12 +40,15 @@ def _about(results: dict[str, Any]) -> str:
 
 def _gate(results: dict[str, Any]) -> str:
     verdict = results["verdict"]
-    exact = {True: "exactly", False: "NOT exactly: bf16 is the fallback and fp16 is not timed", None: "(not known)"}
+    exact = {
+        True: "Tensor cores take fp16 subnormals exactly.",
+        False: "Tensor cores do NOT take fp16 subnormals exactly: bf16 is the fallback, and fp16 is not timed.",
+        None: "Whether tensor cores take fp16 subnormals exactly is not known: its check failed.",
+    }
     lines = [
         "## Correctness gate: " + ("passed" if verdict["passed"] else "FAILED, nothing else is timed"),
         "",
-        f"{verdict['cases']} cases against fp64; tensor cores take fp16 subnormals "
-        f"{exact[verdict['subnormals_exact']]}.",
+        f"{verdict['cases']} cases against fp64. {exact[verdict['subnormals_exact']]}",
         "",
         *_table(
             ["case", "cases", "wrong", "largest error / bound", "largest rms / bound", "status"],
@@ -52,7 +57,9 @@ def _gate(results: dict[str, Any]) -> str:
     ]
     for row in verdict["wrong"]:
         lines.append(f"- wrong: {row}")
-    return "\n".join(lines)
+    if verdict["failed"]:
+        lines.append("- failed: " + ", ".join(verdict["failed"]))
+    return "\n".join([*lines, *_not_reached(_rows(results["parts"]["gate"]))])
 
 
 def _gate_row(task: Row) -> list[str]:
@@ -66,9 +73,9 @@ def _gate_row(task: Row) -> list[str]:
 
 def _kernels(rows: list[Row]) -> str:
     bandwidth = next((row["copy_bandwidth"] for row in rows if "copy_bandwidth" in row), None)
-    cells = {(row["n"], row["k"], row["m"]): row for row in rows if "m" in row}
+    cells = {_key(row): row for row in rows if "linear" in row}
     if not cells or not bandwidth:
-        return "## Kernels\n\nNot measured."
+        return "\n".join(["## Kernels", "", "Not measured.", *_errors(rows)])
     ms = _ordered(m for _, _, m in cells)
     names = [name for name in ("ours_bf16", "ours_fp16") if any(name in row for row in cells.values())]
     lines = [
@@ -102,13 +109,13 @@ def _kernels(rows: list[Row]) -> str:
         grid(f"{dtype}: speed-up over bf16 F.linear", speed_up, columns)
         grid(f"{dtype}: microseconds, median (10th to 90th percentile)", micros, columns)
     grid("bf16 F.linear: microseconds, median (10th to 90th percentile)", lambda r: _micros(r and r["linear"]), ms)
-    return "\n".join([*lines, *_not_reached(rows)])
+    return "\n".join([*lines, *_errors(rows), *_not_reached(rows)])
 
 
 def _peers(tasks: list[Row], kernel_rows: list[Row]) -> str:
     lines = ["## Beside other kernels", "", *_peer_list(tasks)]
     peers = {task["name"]: {_key(row): row for row in task["rows"] if "us" in row} for task in tasks}
-    baseline = {_key(row): row["linear"] for row in kernel_rows if "m" in row} or peers.get("cuBLAS bf16", {})
+    baseline = {_key(row): row["linear"] for row in kernel_rows if "linear" in row} or peers.get("cuBLAS bf16", {})
     columns: dict[str, dict[Key, Row]] = {
         f"mbq_ao W3 {dtype}": {_key(row): row[f"ours_{dtype}"] for row in kernel_rows if f"ours_{dtype}" in row}
         for dtype in ("bf16", "fp16")
@@ -125,11 +132,8 @@ def _peers(tasks: list[Row], kernel_rows: list[Row]) -> str:
         lines += ["", f"### M = {m}: speed-up over bf16 F.linear (microseconds)", ""]
         lines += _table(["N x K", "bf16 F.linear", *columns], body)
     for task in tasks:
-        for row in task["rows"]:
-            if "error" in row:
-                at = f"{row['n']} x {row['k']}" + (f", M = {row['m']}" if "m" in row else "")
-                lines.append(f"- {task['name']} at {at}: {_last_line(row['error'])}")
-    return "\n".join([*lines, *_not_reached(row for task in tasks for row in task["rows"])])
+        lines += _errors(task["rows"], task["name"] + " at ")
+    return "\n".join([*lines, *_not_reached(_rows(tasks))])
 
 
 def _peer_list(tasks: list[Row]) -> list[str]:
@@ -172,6 +176,8 @@ def _end_to_end(tasks: list[Row]) -> str:
         ])  # fmt: skip
     lines = ["## End to end", "", "Random weights, one sequence, greedy, static cache.", "", *_table(header, body)]
     for row in found:
+        if not row["same_token_as_eager"]:
+            lines.append(f"- {row['model']}, {row['precision']}: this step's first token is not the eager step's")
         for tried in row["tried"]:
             lines.append(
                 f"- {row['model']}, {row['precision']}: {tried['mode']}, graph {tried['graph']} failed: "
@@ -230,6 +236,16 @@ def _against(timed: Row | None, base: Row | None) -> str:
 def _not_reached(rows: Iterable[Row]) -> list[str]:
     named = [name for row in rows for name in row.get("not_reached", [])]
     return ["", "Not reached in the time allowed: " + "; ".join(named) + "."] if named else []
+
+
+def _errors(rows: Iterable[Row], prefix: str = "") -> list[str]:
+    """A line for every row that is an error, in the order they came in."""
+    lines = []
+    for row in rows:
+        if "error" in row:
+            at = f"{row['n']} x {row['k']}" + (f", M = {row['m']}" if "m" in row else "")
+            lines.append(f"- {prefix}{at}: {_last_line(row['error'])}")
+    return ["", *lines] if lines else []
 
 
 def _last_line(text: str) -> str:

@@ -9,6 +9,8 @@ measured one at a time (`context.wait_for_turn()` ends the preparation), where c
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import multiprocessing
 import os
@@ -64,7 +66,8 @@ class _Child:
         self.folder = tempfile.TemporaryDirectory(prefix="gpu_benchmark_")
         self.rows, self.log = (Path(self.folder.name) / name for name in ("rows", "log"))
         self.rows.touch()
-        self.ready, self.go = _FORK.Event(), _FORK.Event()
+        # A pipe and no multiprocessing.Event: setting one that a killed process waited for never returns.
+        self.here, self.there = _FORK.Pipe()
         self.killed = ""
         deadline = self.began + prepare_seconds + task.seconds
         self.process = _FORK.Process(target=self._run, args=(context, deadline))
@@ -72,9 +75,11 @@ class _Child:
 
     def _run(self, context: Context, deadline: float) -> None:
         os.setsid()  # so that a kill reaches compilers it started as well
-        log = os.open(self.log, os.O_CREAT | os.O_WRONLY)
-        os.dup2(log, 1)
+        gc.freeze()  # each capture of a CUDA graph collects garbage: not over everything that was imported
+        log = os.open(self.log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+        os.dup2(log, 1)  # what compilers print
         os.dup2(log, 2)
+        sys.stdout = sys.stderr = os.fdopen(log, "w", buffering=1)
         rows = self.rows.open("a", encoding="utf-8")
 
         def emit(row: dict[str, Any]) -> None:
@@ -82,8 +87,8 @@ class _Child:
             rows.flush()
 
         def wait_for_turn() -> None:
-            self.ready.set()
-            self.go.wait()
+            self.there.send("ready")
+            self.there.recv()
             context.deadline = time.monotonic() + self.task.seconds
 
         context.deadline, context.emit, context.wait_for_turn = deadline, emit, wait_for_turn
@@ -94,16 +99,25 @@ class _Child:
             emit({"traceback": traceback.format_exc()})
             code = 1
         sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
 
     def alive(self) -> bool:
         return self.process.is_alive()
 
+    def ready(self) -> bool:
+        """Whether it waits for its turn, has had it, or is dead."""
+        return self.here.poll() or not self.alive()
+
+    def go(self) -> None:
+        """Let it have its turn."""
+        with contextlib.suppress(OSError):  # it is dead
+            self.here.send("go")
+
     def join(self, seconds: float) -> None:
+        """Wait for its end, at most so long, then kill it."""
         self.process.join(max(seconds, 0.0))
         if self.process.is_alive():
-            self.kill(f"killed: it took longer than its {self.task.seconds:.0f} s")
+            self.kill(f"killed: not done after {seconds:.0f} s" if seconds > 0 else "killed: no time left for its turn")
 
     def kill(self, reason: str) -> None:
         self.killed = reason
@@ -162,7 +176,7 @@ def run_together(tasks: Sequence[Task], context: Context) -> list[dict[str, Any]
     children = [_Child(task, context, 0.0) for task in tasks]
     try:
         for child in children:
-            child.go.set()
+            child.go()
         for child in children:  # a task that watches its budget ends by itself
             child.join(child.began + child.task.seconds + GRACE - time.monotonic())
         return [child.result() for child in children]
@@ -178,14 +192,14 @@ def run_in_turns(tasks: Sequence[Task], context: Context, prepare: float, second
     children = [_Child(task, context, prepare) for task in tasks]
     try:
         until = time.monotonic() + prepare
-        while time.monotonic() < until and any(c.alive() and not c.ready.is_set() for c in children):
+        while time.monotonic() < until and not all(child.ready() for child in children):
             time.sleep(0.05)
         for child in children:
-            if child.alive() and not child.ready.is_set():
+            if not child.ready():
                 child.kill(f"killed: not ready after {prepare:.0f} s")
         deadline = time.monotonic() + seconds
         for child in children:
-            child.go.set()
+            child.go()
             child.join(min(child.task.seconds + GRACE, deadline - time.monotonic()))
         return [child.result() for child in children]
     finally:
