@@ -1,0 +1,355 @@
+"""Part 4: whole models. One image and a question in, 128 tokens out, one sequence, bf16 and quantized.
+
+The architectures are built from configs written here, with random weights: speed does not depend on them. Quantized
+are the linears of the decoder layers, the same ones for all; vision tower, embedding and head stay bf16. Our 3-bit
+weights are made packed, at random, so no 7B model is quantized on the clock.
+
+    prefill    vision tower and prompt, eager as in transformers' `generate`, which does not compile it either
+    decode     one token a step, greedy, static cache: torch.compile'd, and the whole step in one CUDA graph
+
+`generate` itself is not timed: between two steps it works on the host for longer than a quantized step takes.
+Every (model, precision) is a process. All build and compile at once, and then each is measured alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu_benchmark.kernels import GROUP_SIZE
+from gpu_benchmark.measure import Clock
+from gpu_benchmark.tasks import Context, Task
+
+NEW_TOKENS = 128
+TEXT_TOKENS = 64
+PRECISIONS = ("bf16", "torchao int4", "mbq_ao int3")
+# How a decode step is run, best first; the next is tried where one fails. (torch.compile mode, CUDA graph)
+WAYS = (("max-autotune-no-cudagraphs", True), ("default", True), (None, True), ("default", False), (None, False))
+
+
+def qwen2_5_vl(smoke: bool) -> Any:
+    """Qwen/Qwen2.5-VL-7B-Instruct, config.json."""
+    from transformers import Qwen2_5_VLConfig
+
+    text = {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "max_position_embeddings": 32768, "rms_norm_eps": 1e-6,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1000000.0},
+    }  # fmt: skip
+    vision = {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "patch_size": 14,
+        "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 3584, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }  # fmt: skip
+    if smoke:
+        text |= SMALL_TEXT | {"rope_parameters": {**text["rope_parameters"], "mrope_section": [4, 6, 6]}}
+        vision |= {"depth": 2, "hidden_size": 32, "intermediate_size": 52, "num_heads": 2, "fullatt_block_indexes": [1]}
+        vision |= {"out_hidden_size": text["hidden_size"]}
+    ids = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7, "vision_end_token_id": 8}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False, **ids)
+
+
+def llava_onevision(smoke: bool) -> Any:
+    """llava-hf/llava-onevision-qwen2-7b-ov-hf, config.json: Qwen2-7B and SigLIP so400m at 384 pixels."""
+    from transformers import LlavaOnevisionConfig
+
+    text = {
+        "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "vocab_size": 152000,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    }  # fmt: skip
+    vision = {
+        "model_type": "siglip_vision_model", "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 26,
+        "num_attention_heads": 16, "image_size": 384, "patch_size": 14, "vision_use_head": False,
+    }  # fmt: skip
+    if smoke:
+        text |= SMALL_TEXT
+        vision |= {"hidden_size": 32, "intermediate_size": 52, "num_hidden_layers": 2, "num_attention_heads": 2}
+        vision |= {"image_size": 28}
+    return LlavaOnevisionConfig(
+        text_config=text, vision_config=vision, image_token_id=5, video_token_id=6, tie_word_embeddings=False,
+        image_grid_pinpoints=[[2 * vision["image_size"]] * 2],
+    )  # fmt: skip
+
+
+SMALL_TEXT = {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 300, "max_position_embeddings": 512,
+}  # fmt: skip
+MODELS: dict[str, Callable[[bool], Any]] = {"Qwen2.5-VL-7B": qwen2_5_vl, "LLaVA-OneVision-7B": llava_onevision}
+
+
+def tasks(seconds: float, smoke: bool) -> list[Task]:
+    """Every model in every precision, `seconds` for the turn of each. A smoke run leaves out what repeats itself."""
+    pairs = [(model, precision) for model in MODELS for precision in PRECISIONS]
+    if smoke:
+        pairs = [*pairs[: len(PRECISIONS)], pairs[-1]]
+    return [
+        Task(f"{model}, {precision}", functools.partial(measure, model=model, precision=precision), seconds)
+        for model, precision in pairs
+    ]
+
+
+def measure(context: Context, *, model: str, precision: str) -> None:
+    """Build, quantize, compile; when it is its turn, time it. Emits one row when ready and one of results."""
+    if precision != "bf16":
+        import_mbq_ao(precision)
+    torch.manual_seed(0)
+    vlm = build(model, context)
+    linears = quantize(vlm, precision, context)
+    clock = Clock(context.device)
+    inputs = make_inputs(vlm, model, context)
+    prompt = inputs["input_ids"].shape[1]
+    new_tokens = 8 if context.smoke else NEW_TOKENS
+    session = Session(vlm, clock, inputs, prompt + new_tokens, context)
+    session.prepare_decode()
+    context.emit({
+        "model": model, "precision": precision, "quantized_linears": linears, "prompt_tokens": prompt,
+        "new_tokens": new_tokens, "weight_bytes": weight_bytes(vlm), **session.how,
+    })  # fmt: skip
+    context.wait_for_turn()
+    context.emit(session.timings(new_tokens))
+
+
+def import_mbq_ao(precision: str) -> None:
+    """The whole package, where benchmarks/gpu.py has put a root that knows the kernels only; it needs torchao."""
+    sys.modules.pop("mbq_ao", None)
+    try:
+        importlib.import_module("mbq_ao")
+    except ImportError as error:
+        raise RuntimeError(
+            f"{precision} needs torchao, which cannot be imported here ({error}): mbq_ao's tensor is a torchao tensor. "
+            "pip install torchao, or carry its wheel; the gate and the kernels need only torch and triton"
+        ) from error
+
+
+def build(model: str, context: Context) -> nn.Module:
+    """The model with random weights, made where they stay."""
+    from transformers import AutoModelForImageTextToText
+
+    with torch.device(context.device):
+        vlm = AutoModelForImageTextToText.from_config(
+            MODELS[model](context.smoke), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
+    return vlm.eval().requires_grad_(False)
+
+
+def decoder_linears(vlm: nn.Module) -> dict[str, nn.Linear]:
+    """The linears of the language model's layers by their names in the model."""
+    layers = {id(m) for layer in vlm.model.language_model.layers for m in layer.modules()}
+    return {name: m for name, m in vlm.named_modules() if isinstance(m, nn.Linear) and id(m) in layers}
+
+
+def quantize(vlm: nn.Module, precision: str, context: Context) -> int:
+    """Quantize the decoder's linears in place; how many."""
+    linears = decoder_linears(vlm)
+    if precision == "mbq_ao int3":
+        for linear in linears.values():
+            linear.weight = nn.Parameter(random_int3(*linear.weight.shape, context.device), requires_grad=False)
+    elif precision == "torchao int4":
+        from torchao.quantization import quantize_
+
+        quantize_(vlm, int4_config(context), filter_fn=lambda module, name: name in linears)
+    return len(linears) if precision != "bf16" else 0
+
+
+def int4_config(context: Context) -> Any:
+    if not context.smoke:
+        from gpu_benchmark.peers import TorchaoInt4
+
+        return TorchaoInt4.config()
+    from torchao.quantization import IntxWeightOnlyConfig, PerGroup  # tinygemm's packing exists on GPUs only
+
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP_SIZE))
+
+
+def random_int3(n: int, k: int, device: torch.device) -> Any:
+    """An MBQInt3Tensor of random values whose spread is that of an untrained weight, 0.02."""
+    from mbq_ao import MBQInt3Tensor
+    from mbq_ao.kernels.layout import pack_int3
+
+    qdata = pack_int3(torch.randint(0, 8, (n, k), dtype=torch.uint8, device=device))
+    groups = -(-k // GROUP_SIZE)
+    scale = (torch.rand(n, groups, device=device) * 0.01 + 0.004).to(torch.bfloat16)
+    zero_point = torch.randint(3, 5, (n, groups), dtype=torch.uint8, device=device)
+    return MBQInt3Tensor(qdata, scale, zero_point, [1, GROUP_SIZE], (n, k))
+
+
+def make_inputs(vlm: nn.Module, model: str, context: Context) -> dict[str, Tensor]:
+    """What the processor would return for one image and a question of 64 tokens."""
+    device, config = context.device, vlm.config
+    if model.startswith("Qwen"):
+        grid = (1, 4, 4) if context.smoke else (1, 54, 72)  # patches of 14 pixels: 756 x 1008
+        patches = grid[0] * grid[1] * grid[2]
+        image = {"image_grid_thw": torch.tensor([grid], device=device)}
+        image["pixel_values"] = torch.randn(patches, 3 * 2 * 14 * 14, device=device).to(torch.bfloat16)
+        num_image = patches // 4
+    else:
+        size = config.vision_config.image_size  # 768 x 768 is a base view and four tiles
+        image = {"image_sizes": torch.tensor([[2 * size, 2 * size]], device=device)}
+        image["pixel_values"] = torch.randn(1, 5, 3, size, size, device=device).to(torch.bfloat16)
+        with torch.no_grad():
+            features = vlm.model.get_image_features(**image, return_dict=True).pooler_output
+        num_image = sum(len(f) for f in features)
+    text = torch.randint(10, config.text_config.vocab_size, (1, TEXT_TOKENS), device=device)
+    tokens = torch.full((1, num_image), config.image_token_id, device=device)
+    ids = torch.cat([text[:, :10], tokens, text[:, 10:]], 1)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **image}
+    if model.startswith("Qwen"):
+        inputs["mm_token_type_ids"] = (ids == config.image_token_id).int()
+    return inputs
+
+
+def weight_bytes(vlm: nn.Module) -> int:
+    """Bytes of all parameters, of packed ones what they take packed."""
+    total = 0
+    for parameter in vlm.parameters():
+        inner = [parameter]
+        while any(hasattr(t, "__tensor_flatten__") for t in inner):
+            inner = [
+                part
+                for t in inner
+                for part in (
+                    [getattr(t, name) for name in t.__tensor_flatten__()[0]]
+                    if hasattr(t, "__tensor_flatten__")
+                    else [t]
+                )
+            ]
+        total += sum(t.nbytes for t in inner)
+    return total
+
+
+class Session:
+    """One sequence: prefill, then decode steps that read and write the same memory, so that they can be replayed."""
+
+    def __init__(
+        self, vlm: nn.Module, clock: Clock, inputs: dict[str, Tensor], max_length: int, context: Context
+    ) -> None:
+        from transformers import StaticCache
+
+        self.vlm, self.clock, self.inputs, self.context = vlm, clock, inputs, context
+        self.cache = StaticCache(config=vlm.config.get_text_config(decoder=True), max_cache_len=max_length)
+        self.token = torch.zeros(1, 1, dtype=torch.long, device=clock.device)
+        self.position = torch.zeros(1, 1, dtype=torch.long, device=clock.device)
+        self.how: dict[str, Any] = {"tried": []}
+        self.step: Callable[[], object] = self._eager_step
+
+    @torch.no_grad()
+    def prefill(self) -> None:
+        """Start the sequence anew: the prompt, and the first token."""
+        self.cache.reset()
+        logits = self.vlm(**self.inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
+        # Positions count on from the prompt's length. Qwen2.5-VL's run behind it by a constant after an image, which
+        # costs the same.
+        self.position.fill_(self.inputs["input_ids"].shape[1])
+
+    def _forward(self, token: Tensor, position: Tensor) -> Tensor:
+        text = self.vlm.model.language_model
+        hidden = text(
+            input_ids=token, position_ids=position, past_key_values=self.cache, use_cache=True
+        ).last_hidden_state
+        return self.vlm.lm_head(hidden).argmax(-1)
+
+    @torch.no_grad()
+    def _eager_step(self) -> None:
+        self._advance(self._forward)
+
+    def _advance(self, forward: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.token.copy_(forward(self.token, self.position))
+        self.position.add_(1)
+
+    def prepare_decode(self) -> None:
+        """Take the first of WAYS that works; whether it gives the token that the eager step gives is recorded."""
+        expected = self._second_token(self._eager_step)
+        ways = [("eager" if mode else None, graph) for mode, graph in WAYS[1:3]] if self.context.smoke else WAYS
+        for mode, graph in ways:
+            try:
+                step = self._compiled_step(mode)
+                got = self._second_token(step)  # compiles
+                if graph:
+                    self.prefill()
+                    step = self.clock.capture([step])
+                    got = self._second_token(step)
+            except Exception:
+                self.how["tried"].append({"mode": mode, "graph": graph, "error": traceback.format_exc(limit=-3)})
+                continue
+            self.step = step
+            self.how |= {"compile": mode, "graph": graph, "same_token_as_eager": bool(torch.equal(got, expected))}
+            return
+        raise RuntimeError(f"no way to run a decode step works: {self.how['tried']}")
+
+    def _compiled_step(self, mode: str | None) -> Callable[[], None]:
+        if mode is None:
+            return self._eager_step
+        how = {"backend": "eager"} if mode == "eager" else {"mode": self.context.options.get("compile_mode", mode)}
+        torch._dynamo.reset()
+        forward = torch.compile(self._forward, dynamic=False, **how)
+
+        def step() -> None:
+            with torch.no_grad():
+                self._advance(forward)
+
+        return step
+
+    def _second_token(self, step: Callable[[], object]) -> Tensor:
+        self.prefill()
+        step()
+        return self.token.clone()
+
+    def timings(self, new_tokens: int) -> dict[str, Any]:
+        """Seconds and bytes, medians of three."""
+        if self.clock.on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        prefill = _median(self.clock.elapsed(self.prefill) for _ in range(3))
+
+        def decode() -> None:
+            for _ in range(new_tokens - 1):
+                self.step()
+
+        seconds = []
+        for _ in range(3):
+            self.prefill()
+            seconds.append(self.clock.elapsed(decode))
+        row = {"first_token_s": prefill, "decode_s": _median(seconds)}
+        row["tokens_per_s"] = (new_tokens - 1) / row["decode_s"]
+        row["peak_bytes"] = torch.cuda.max_memory_allocated() if self.clock.on_gpu else 0
+        row["vision_s"] = _median(self.clock.elapsed(self._vision) for _ in range(3))
+        row["prompt_s"] = prefill - row["vision_s"]
+        row["kernels"] = self._kernels()
+        return row
+
+    @torch.no_grad()
+    def _vision(self) -> None:
+        names = ("pixel_values", "image_grid_thw", "image_sizes")
+        self.vlm.model.get_image_features(**{name: self.inputs[name] for name in names if name in self.inputs})
+
+    def _kernels(self) -> list[dict[str, Any]]:
+        """The eight kernels that a decode step spends most time in, by torch.profiler; empty where that fails."""
+        from torch.profiler import ProfilerActivity, profile
+
+        self.prefill()
+        activity = ProfilerActivity.CUDA if self.clock.on_gpu else ProfilerActivity.CPU
+        try:
+            with profile(activities=[activity]) as profiler:
+                self.step()
+                self.clock.synchronize()
+            events = profiler.key_averages()
+        except Exception:
+            return [{"error": traceback.format_exc(limit=-1)}]
+        attribute = "self_device_time_total" if self.clock.on_gpu else "self_cpu_time_total"
+        events = sorted(events, key=lambda e: -getattr(e, attribute))[:8]
+        return [{"name": e.key[:100], "calls": e.count, "us": getattr(e, attribute)} for e in events]
+
+
+def _median(values: Any) -> float:
+    ordered = sorted(values)
+    return ordered[len(ordered) // 2]
