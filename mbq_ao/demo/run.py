@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -54,6 +55,8 @@ def run_demo(
     Raises ImportError naming what to install if the demo's packages are missing.
     """
     began = time.perf_counter()
+    # Compiling the CPU kernel takes longer than unpacking for the three short answers below.
+    os.environ.setdefault("MBQ_AO_CPU_COMPILE", "0")
     with step("loading the model and easy-VQA"):
         model, processor = load_vlm(model_name)
         calibration = calibration_batches(processor, load_easy_vqa("train"), num_samples=num_samples, seed=seed)
