@@ -90,6 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.compile_mode:
         context.options["compile_mode"] = arguments.compile_mode
     results: dict[str, Any] = {"about": about(context), "verdict": None, "parts": {}}
+    context.options["gigabytes"] = results["about"].get("memory (GB)", 0)
     for i, part in enumerate(arguments.only):
         left = began + 60 * arguments.minutes - time.monotonic()
         share = PARTS[part] / sum(PARTS[later] for later in arguments.only[i:])
@@ -131,7 +132,9 @@ def run_end_to_end(context: Any, seconds: float) -> list[dict[str, Any]]:
     from gpu_benchmark import end_to_end, tasks
 
     todo = end_to_end.tasks(0.35 * seconds / 3, context.smoke)  # one that hangs leaves two thirds to the others
-    return tasks.run_in_turns(todo, context, prepare=0.65 * seconds, seconds=0.35 * seconds)
+    groups = end_to_end.groups(todo, context.options["gigabytes"])
+    prepare, turns = 0.65 * seconds / len(groups), 0.35 * seconds / len(groups)
+    return [result for group in groups for result in tasks.run_in_turns(group, context, prepare, turns)]
 
 
 RUN: dict[str, Callable[[Any, float], list[dict[str, Any]]]] = {

@@ -1,11 +1,13 @@
 """benchmarks/gpu.py on a CPU: every part of it, and what it does when a part of it fails."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -158,7 +160,7 @@ def test_gate_passes_the_rounded_result_and_no_other(m: int, dtype: torch.dtype)
 def test_gate_sees_one_wrong_element_and_a_small_error_in_all() -> None:
     exact, args, weight = layer(16, torch.float16)
     one = exact.clone()
-    one[3, 5] += 1.0
+    one.view(-1)[one.abs().argmax()] *= 1 + 4 * gate.UNIT_ROUNDOFF[torch.float16]
     found = gate.compare(one.half(), args, weight)
     assert found["worst"] > 1, found
     everywhere = exact + 0.003 * exact.square().mean().sqrt() * torch.randn_like(exact)
@@ -272,6 +274,44 @@ def test_clock_counts_calls_and_copies() -> None:
     assert timed["calls"] == 2 and len(seen) == 2 * (2 + timed["repeats"])
     assert clock.num_copies(clock.l2_bytes) == 3 and clock.num_copies(1 << 40) == 2
     assert cosine(torch.tensor([1.0, 0]), torch.tensor([1.0, 1])) == pytest.approx(0.5**0.5)
+
+
+def test_clock_on_a_gpu_times_the_second_of_two_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a stand-in for torch.cuda whose replays take a millisecond each and whose first two are slow."""
+    now, replays = [0.0], []
+
+    class Graph:
+        def replay(self) -> None:
+            replays.append(1)
+            now[0] += 1.0 if len(replays) > 2 else 50.0
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = now[0]
+
+        def synchronize(self) -> None:
+            pass
+
+        def elapsed_time(self, end: "Event") -> float:
+            return end.at - self.at
+
+    stream = types.SimpleNamespace(wait_stream=lambda other: None)
+    fakes = {"Stream": lambda device: stream, "current_stream": lambda device: stream, "CUDAGraph": Graph}
+    fakes |= {"stream": lambda s: contextlib.nullcontext(), "graph": lambda g: contextlib.nullcontext()}
+    fakes |= {"Event": Event, "synchronize": lambda device=None: None}
+    fakes |= {"get_device_properties": lambda device: types.SimpleNamespace(L2_cache_size=60_000_000)}
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    clock, seen = Clock(torch.device("cuda")), []
+    timed = clock.time([lambda: seen.append(1), lambda: seen.append(2), lambda: seen.append(3)])
+    assert timed["calls"] == 18 and timed["graph"]  # six rounds of three: at least MIN_CALLS
+    assert len(seen) == 2 * 18  # once to compile, once captured
+    assert timed["us"] == pytest.approx(1000 / 18)
+    assert timed["repeats"] == 50 and len(replays) == 1 + 2 * 51
+    assert clock.num_copies(6_700_000) == 27 and clock.num_copies(500_000_000) == 2 and clock.num_copies(1000) == 256
 
 
 def test_shapes_are_those_of_the_published_configs() -> None:

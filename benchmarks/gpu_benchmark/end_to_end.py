@@ -98,6 +98,13 @@ def tasks(seconds: float, smoke: bool) -> list[Task]:
     ]
 
 
+def groups(tasks: list[Task], gigabytes: float) -> list[list[Task]]:
+    """Those that are built at once: all, of about 20 GB each while they are built, or those of one model at a time."""
+    if gigabytes >= 120:
+        return [tasks]
+    return [[task for task in tasks if task.name.startswith(model)] for model in MODELS]
+
+
 def measure(context: Context, *, model: str, precision: str) -> None:
     """Build, quantize, compile; when it is its turn, time it. Emits one row when ready and one of results."""
     if precision != "bf16":
@@ -106,17 +113,19 @@ def measure(context: Context, *, model: str, precision: str) -> None:
     vlm = build(model, context)
     linears = quantize(vlm, precision, context)
     clock = Clock(context.device)
+    if clock.on_gpu:
+        torch.cuda.empty_cache()  # the bf16 weights that were replaced: other processes are building as well
     inputs = make_inputs(vlm, model, context)
     prompt = inputs["input_ids"].shape[1]
     new_tokens = 8 if context.smoke else NEW_TOKENS
-    session = Session(vlm, clock, inputs, prompt + new_tokens, context)
-    session.prepare_decode()
+    generation = Generation(vlm, clock, inputs, prompt + new_tokens, context)
+    generation.prepare_decode()
     context.emit({
         "model": model, "precision": precision, "quantized_linears": linears, "prompt_tokens": prompt,
-        "new_tokens": new_tokens, "weight_bytes": weight_bytes(vlm), **session.how,
+        "new_tokens": new_tokens, "weight_bytes": weight_bytes(vlm), **generation.how,
     })  # fmt: skip
     context.wait_for_turn()
-    context.emit(session.timings(new_tokens))
+    context.emit(generation.timings(new_tokens))
 
 
 def import_mbq_ao(precision: str) -> None:
@@ -227,7 +236,7 @@ def weight_bytes(vlm: nn.Module) -> int:
     return total
 
 
-class Session:
+class Generation:
     """One sequence: prefill, then decode steps that read and write the same memory, so that they can be replayed."""
 
     def __init__(
@@ -270,7 +279,9 @@ class Session:
     def prepare_decode(self) -> None:
         """Take the first of WAYS that works; whether it gives the token that the eager step gives is recorded."""
         expected = self._second_token(self._eager_step)
-        ways = [("eager" if mode else None, graph) for mode, graph in WAYS[1:3]] if self.context.smoke else WAYS
+        ways = [("eager" if mode else None, graph) for mode, graph in WAYS[1:3]] if self.context.smoke else list(WAYS)
+        if preferred := self.context.options.get("compile_mode"):
+            ways.insert(0, (preferred, True))
         for mode, graph in ways:
             try:
                 step = self._compiled_step(mode)
@@ -290,7 +301,7 @@ class Session:
     def _compiled_step(self, mode: str | None) -> Callable[[], None]:
         if mode is None:
             return self._eager_step
-        how = {"backend": "eager"} if mode == "eager" else {"mode": self.context.options.get("compile_mode", mode)}
+        how = {"backend": "eager"} if mode == "eager" else {"mode": mode}
         torch._dynamo.reset()
         forward = torch.compile(self._forward, dynamic=False, **how)
 
