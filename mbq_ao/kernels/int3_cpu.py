@@ -1,19 +1,21 @@
 """The linear layer on a CPU: few rows of x by a kernel that torch.compile writes in C++, many by dequantizing.
 
 The compiled kernel reads the packed tiles where they lie (layout.py): no second copy of the weight. Seen as int32
-words of two halves, a plane of a tile is (g, t, hi, up), and the sixteen words (t, hi, up) of one g are contiguous:
-they are the lanes of the kernel's vectors. A field's column depends on (t, hi) and its row on up, so
+words of two halves, a plane of a tile is (g, t, hi, up); eight words, two of the four t, are the lanes of the
+kernel's vectors. A field's column depends on (t, hi) and its row on up, so, but for the last sum,
 
-    y[16 block + 8 up + g] = sum over (t, hi) of
-        sum over tiles  scale * sum over (pair, slab, odd) field * x  -  scale * zero_point * sum of the same x
+    y[16 block + 8 up + g] = sum over (t, hi) of  sum over tiles of  scale * sum over (pair, slab, odd) of field * x
 
-is, but for the first sum, sixteen independent lanes: load, mask, convert, multiply and add. Fields are used where
-they stand in the word, 2^bit too big, and x comes 2^-bit smaller, which is exact.
+is eight independent lanes: load, mask, convert, multiply and add. Fields are used where they stand in the word, 2^bit
+too big, and x comes 2^-bit smaller, which is exact. What the zero points subtract is a small product of its own.
 
-One row of x is one call. So the number of rows is in no shape, a row's result does not depend on its neighbours, and
-N and K are dynamic: a model compiles once for its groups of 128 columns and more, once for 64, once for 32, whatever
-its layers; another number of threads compiles again. Rejected: unrolling over rows, to unpack once for several. It
-runs out of registers and was slower than a call a row.
+Memory is read in the order in which it lies, so the sum over tiles cannot be in the kernel's loop: it writes a
+partial sum a tile, and torch adds those up. Summed inside, each row of a tile was a stride through a whole row of
+tiles: 3.0 ms instead of 2.3 at 4096 x 4096.
+
+Rows of x are taken four at a time, for which unpacking is done once, and a lone row or two one at a time. So the
+number of rows is in no shape, and N and K are dynamic: a model compiles twice for its groups of 128 columns and more,
+twice for 64, twice for 32, whatever its layers; another number of threads compiles again.
 
 When: at the first call with few rows for the size of the weight, in eager and inside a compiled model alike.
 It takes some ten seconds, on a busy machine up to a minute, and less once torch has the result on disk; a model of
@@ -26,12 +28,13 @@ Rejected: words with N innermost, a layout of its own: no fewer instructions, an
 
 import contextlib
 import functools
+import itertools
 import logging
 import operator
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,12 +48,14 @@ MAX_ROWS = 16  # beyond, unpacking once is cheaper than unpacking in registers f
 MIN_WEIGHTS_PER_ROW = 1 << 17  # calling the kernel takes as long as unpacking so many; a toy model compiles nothing
 _CHUNK = 1 << 21  # weights dequantized at a time: they stay in the cache until they are multiplied
 _R = 5
-_LANES = 16  # t, hi, up
+_LANES = 8  # t (the lower bit), hi, up
+_ROWS = 4  # of x in a call; eight were no faster a row, and took longer to compile
 
-# torch.compile must not store the unpacked fields; FMA halves the rounding and the instructions.
+# torch.compile must not store the unpacked fields, but make the words, which are used many times, a value of the loop
+# (a threshold of 0 reads). FMA halves the rounding and the instructions.
 _OPTIONS = {
     "realize_opcount_threshold": 1 << 20,
-    "realize_reads_threshold": 1 << 20,
+    "realize_reads_threshold": 0,
     "realize_acc_reads_threshold": 1 << 20,
     "cpp.enable_floating_point_contract_flag": "fast",
 }
@@ -97,7 +102,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 _no_compiler = threading.Event()
 _first_call = threading.Lock()  # threads that call at once would each compile
-_compiled: set[int] = set()
+_compiled: set[tuple[int, int]] = set()
 
 
 def _worth_compiling(num_rows: int, qdata: Tensor) -> bool:
@@ -113,18 +118,21 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
     """x @ W.T in fp32, or None, after a warning, where the kernel cannot be compiled."""
     num_row_tiles, num_col_tiles = qdata.shape[:2]
     per_tile = 1 if scale.shape[1] == 1 else max(TILE_K // group_size, 1)
-    lanes = torch.empty((x.shape[0], num_row_tiles, 2, 8, _LANES))
     # The mode is a guard of the compiled kernel, and so is the kind of its inputs: they are always the same.
     with torch.inference_mode():
         words = _words(qdata)
-        factors = _factors(scale, zero_point, group_size, num_row_tiles, num_col_tiles, per_tile)
-        x_lanes, x_sums = _lanes(x, num_col_tiles, per_tile)
+        scales = _scales(scale, group_size, num_row_tiles, num_col_tiles, per_tile)
+        x = _pad_columns(x.float(), num_col_tiles * TILE_K)
+        lanes = torch.empty((x.shape[0], num_row_tiles, 2, 8, _LANES))
         try:
-            with _first_call if per_tile not in _compiled else contextlib.nullcontext():
-                lanes[0] = _kernel(per_tile)(words, x_lanes[0], x_sums[0], factors)
-                _compiled.add(per_tile)
-            for row in range(1, x.shape[0]):
-                lanes[row] = _kernel(per_tile)(words, x_lanes[row], x_sums[row], factors)
+            for rows in _calls(x.shape[0]):
+                key = per_tile, 1 if len(rows) == 1 else _ROWS
+                x_lanes = _lanes(x[rows.start : rows.stop], key[1])
+                with _first_call if key not in _compiled else contextlib.nullcontext():
+                    parts = _kernel(*key)(words, scales, *x_lanes)
+                _compiled.add(key)
+                for row, block in itertools.product(range(len(rows)), range(2)):
+                    torch.sum(parts[2 * row + block], 1, out=lanes[rows.start + row, :, block])
         except RuntimeError as error:
             _no_compiler.set()
             warnings.warn(
@@ -133,8 +141,19 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
                 stacklevel=2,
             )
             return None
-    y = lanes.view(*lanes.shape[:-1], 8, 2).sum(4)  # row, row tile, block, g, up
-    return y.transpose(3, 4).reshape(x.shape[0], -1)[:, : scale.shape[0]]
+        y = lanes.view(*lanes.shape[:-1], _LANES // 2, 2).sum(4)  # row, row tile, block, g, up
+        y = y.transpose(3, 4).reshape(x.shape[0], -1)[:, : scale.shape[0]]
+        return y.sub_(_zero_points_times_x(x, scale, zero_point, group_size))
+
+
+def _calls(num_rows: int) -> Iterator[range]:
+    """The rows of x of each call: `_ROWS` of them, or almost, or one."""
+    for start in range(0, num_rows, _ROWS):
+        yield range(start, min(start + _ROWS, num_rows))
+
+
+def _pad_columns(x: Tensor, k: int) -> Tensor:
+    return x if x.shape[1] == k else torch.nn.functional.pad(x, (0, k - x.shape[1]))
 
 
 def _first_line(error: Exception) -> str:
@@ -142,46 +161,50 @@ def _first_line(error: Exception) -> str:
 
 
 def _words(qdata: Tensor) -> Tensor:
-    """The halves as int32 (row tile, column tile, plane, g, lane). A slice of columns is copied."""
+    """The halves as int32 (row tile, column tile, plane, g, upper bit of t, lane). A slice of columns is copied."""
     if not qdata.is_contiguous() or qdata.storage_offset() % 2:
         qdata = qdata.clone(memory_format=torch.contiguous_format)
-    return qdata.view(torch.int32).view(*qdata.shape[:3], 8, _LANES)
+    return qdata.view(torch.int32).view(*qdata.shape[:3], 8, 2, _LANES)
 
 
-def _factors(
-    scale: Tensor, zero_point: Tensor, group_size: int, num_row_tiles: int, num_col_tiles: int, per_tile: int
-) -> Tensor:
-    """scale and scale * zero_point in fp32: (row tile, block, up, g, column tile, group of the tile, 2)."""
+def _scales(scale: Tensor, group_size: int, num_row_tiles: int, num_col_tiles: int, per_tile: int) -> Tensor:
+    """The scales in fp32: (row tile, block, up, g, column tile, group of the tile)."""
     n, num_groups = scale.shape
-    scale = scale.float()
-    both = torch.view_as_real(torch.complex(scale, scale * zero_point))
+    scale = scale.to(torch.float32, copy=True)  # a tensor of this mode, or the kernel is compiled anew
     if num_groups == 1:
-        both = both.expand(n, num_col_tiles, 2)
+        scale = scale.expand(n, num_col_tiles)
     elif group_size > TILE_K:
-        both = both.repeat_interleave(group_size // TILE_K, dim=1)[:, :num_col_tiles]
-    padding = (0, 0, 0, num_col_tiles * per_tile - both.shape[1], 0, num_row_tiles * TILE_N - n)
-    both = torch.nn.functional.pad(both, padding) if any(padding) else both.contiguous()
-    return both.view(num_row_tiles, 2, 2, 8, num_col_tiles, per_tile, 2)
+        scale = scale.repeat_interleave(group_size // TILE_K, dim=1)[:, :num_col_tiles]
+    padding = (0, num_col_tiles * per_tile - scale.shape[1], 0, num_row_tiles * TILE_N - n)
+    scale = torch.nn.functional.pad(scale, padding) if any(padding) else scale.contiguous()
+    return scale.view(num_row_tiles, 2, 2, 8, num_col_tiles, per_tile)
 
 
-def _lanes(x: Tensor, num_col_tiles: int, per_tile: int) -> tuple[Tensor, Tensor]:
-    """x in the order of the lanes, for each row of it.
+def _lanes(x: Tensor, num_rows: int) -> Tensor:
+    """x in the order of the lanes, padded to `num_rows`: (rows, column tile, 16 fields, upper bit of t, lane).
 
-    Returns (rows, column tile, 16 fields, lane), times 2^-bit of the field, and its sums over the fields of a group,
-    (rows, column tile, group of the tile, lane).
+    Times 2^-bit of the field.
     """
-    num_rows, k = x.shape
-    x = torch.nn.functional.pad(x.float(), (0, num_col_tiles * TILE_K - k))
     column, factor = _order_of_lanes()
-    lanes = x.reshape(-1, TILE_K).index_select(1, column)
-    sums = lanes.view(-1, 2, per_tile, 8 // per_tile, _LANES).sum((1, 3))  # over odd, and the pairs of the group
-    lanes *= factor
-    return lanes.view(num_rows, num_col_tiles, 16, _LANES), sums.view(num_rows, num_col_tiles, per_tile, _LANES)
+    lanes = x.new_zeros((num_rows, x.shape[1] // TILE_K, 16, 2, _LANES))
+    torch.index_select(x.reshape(-1, TILE_K), 1, column, out=lanes[: x.shape[0]].view(-1, column.numel()))
+    return lanes.mul_(factor)
+
+
+def _zero_points_times_x(x: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
+    """sum over groups of scale * zero_point * (the sum of x over the group), (rows, N).
+
+    x: (rows, K and zeros). A product a row: a row's bits do not depend on the others'.
+    """
+    group_size = x.shape[1] if scale.shape[1] == 1 else group_size
+    sums = _pad_columns(x, -(-x.shape[1] // group_size) * group_size).unflatten(1, (-1, group_size)).sum(2)
+    offsets = scale.float() * zero_point
+    return torch.stack([offsets @ row for row in sums[:, : scale.shape[1]]])
 
 
 @functools.cache
 def _order_of_lanes() -> tuple[Tensor, Tensor]:
-    """For each (odd, pair, slab; t, hi, up): the column in the tile, and 2^-bit."""
+    """For each (odd, pair, slab; t, hi, up): the column in the tile, and 2^-bit in the shape of `_lanes`."""
     places = [
         (32 * pair + 8 * t + 4 * slab + 2 * hi + odd, 2.0 ** -(16 * odd + _bit(pair, slab)))
         for odd in range(2)
@@ -192,7 +215,8 @@ def _order_of_lanes() -> tuple[Tensor, Tensor]:
         for _up in range(2)
     ]
     with torch.inference_mode(False):
-        return torch.tensor([column for column, _ in places]), torch.tensor([factor for _, factor in places])
+        column, factor = (torch.tensor(values) for values in zip(*places, strict=True))
+        return column, factor.view(16, 2, _LANES)
 
 
 def _bit(pair: int, slab: int) -> int:
@@ -200,7 +224,7 @@ def _bit(pair: int, slab: int) -> int:
     return 3 * min(field for _, field in FIELDS[pair][slab])
 
 
-def _field(planes: tuple[Tensor, ...], plane: int, field: int, bit: int, odd: int) -> Tensor:
+def _field(planes: Sequence[Tensor], plane: int, field: int, bit: int, odd: int) -> Tensor:
     """One field of each word, as fp32, times 2^(16 odd + bit)."""
     if field == _R:
         a, b, c = (p >> 15 - bit & (1 << bit | 1 << 16 + bit) for p in planes)
@@ -214,38 +238,38 @@ def _field(planes: tuple[Tensor, ...], plane: int, field: int, bit: int, odd: in
 
 
 @functools.cache
-def _kernel(per_tile: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The kernel for so many groups in a tile; torch.compile compiles it when it is first called."""
-    logger.info("compiling the 3-bit CPU kernel for groups of %d columns", TILE_K // per_tile)
+def _kernel(per_tile: int, num_rows: int) -> Callable[..., tuple[Tensor, ...]]:
+    """The kernel for so many groups in a tile and rows of x; torch.compile compiles it when it is first called."""
+    logger.info("compiling the 3-bit CPU kernel for groups of %d columns, %d rows", TILE_K // per_tile, num_rows)
 
-    def lanes_of_y(words: Tensor, x: Tensor, x_sums: Tensor, factors: Tensor) -> Tensor:
-        """One row of y, (row tile, block, g, lane), to be summed over (t, hi).
+    def sums_of_tiles(words: Tensor, scales: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+        """For each row of x and block, (row tile, column tile, g, lane), to be summed over tiles and (t, hi).
 
-        The arguments are what `_words`, `_lanes` (one row of it) and `_factors` return. The last sum is not here:
-        with several threads torch 2.13 would start a parallel region for each of its elements.
+        The arguments are what `_words`, `_scales` and `_lanes`, row by row, return.
         """
         num_row_tiles, num_col_tiles = words.shape[:2]
-        # Only for its mask: on AVX2 torch 2.13 loads integers through a buffer, at half the speed, unless masked.
-        words = torch.nn.functional.pad(words, (0, 0, 0, 0, 0, 0, 0, 1))[:, :num_col_tiles]
-        planes = words.unbind(2)
-        shape = (num_row_tiles, num_col_tiles, 2, per_tile, 2, 8, 8, 2)  # .., block, group, factor; g, (t, hi), up
-        factors = factors.permute(0, 4, 1, 5, 6, 3, 2).unsqueeze(-2).expand(shape).reshape(*shape[:-2], _LANES)
-        blocks = []
-        for block in range(2):
+        lower, upper = ([words[:, :, plane, :, half] for plane in range(3)] for half in range(2))
+        # On AVX2 torch 2.13 loads integers through a buffer, and waits for it, unless a mask is in the way, as padding
+        # makes one. But masked loads alone fetch nothing ahead: the buffer for one half of a cache line, the mask for
+        # the other.
+        upper = [torch.nn.functional.pad(word, (0, 0, 0, 0, 0, 1))[:, :num_col_tiles] & -1 for word in upper]
+        shape = (num_row_tiles, num_col_tiles, 8, _LANES // 2, 2)  # g, (t, hi), up
+        sums = []
+        for x, block in itertools.product(rows, range(2)):
             groups = []
             for group in range(per_tile):
                 slabs = range(8 // per_tile * group, 8 // per_tile * (group + 1))
-                chains = []  # two chains of dependent additions overlap
-                for odd in range(2):
+                chains = []  # chains of dependent additions overlap
+                for (half, planes), odd in itertools.product(enumerate((lower, upper)), range(2)):
                     products = [
                         _field(planes, *FIELDS[i // 2][i % 2][block], _bit(i // 2, i % 2), odd)
-                        * x[:, 8 * odd + i, None, :]
+                        * x[:, 8 * odd + i, half][:, None, :]
                         for i in slabs
                     ]
                     chains.append(functools.reduce(operator.add, products))
-                scale, offset = factors[:, :, block, group].unbind(2)
-                groups.append((chains[0] + chains[1]) * scale - offset * x_sums[:, group, None, :])
-            blocks.append(functools.reduce(operator.add, groups).sum(1))  # row tile, g, lane
-        return torch.stack(blocks, 1)
+                scale = scales[:, block, :, :, :, group].permute(0, 3, 2, 1).unsqueeze(-2).expand(shape).flatten(-2)
+                groups.append(((chains[0] + chains[1]) + (chains[2] + chains[3])) * scale)
+            sums.append(functools.reduce(operator.add, groups))
+        return tuple(sums)
 
-    return torch.compile(lanes_of_y, fullgraph=True, dynamic=True, options=_OPTIONS)
+    return torch.compile(sums_of_tiles, fullgraph=True, dynamic=True, options=_OPTIONS)

@@ -72,12 +72,12 @@ def uncompiled(few_weights: None) -> Iterator[None]:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch, few_weights: None) -> list[int]:
-    """The groups in a tile of each kernel asked for; the kernel itself does not work."""
+def calls(monkeypatch: pytest.MonkeyPatch, few_weights: None) -> list[tuple[int, int]]:
+    """The groups in a tile and the rows of x of each kernel asked for; the kernel itself does not work."""
     calls = []
 
-    def kernel(per_tile: int) -> None:
-        calls.append(per_tile)
+    def kernel(per_tile: int, num_rows: int) -> None:
+        calls.append((per_tile, num_rows))
         raise RuntimeError("no compiler\nand a second line")
 
     monkeypatch.setattr(int3_cpu, "_kernel", kernel)
@@ -90,7 +90,7 @@ class TestValues:
     @pytest.mark.parametrize(("n", "k"), SHAPES)
     def test_few_rows(self, n: int, k: int, group_size: int, uncompiled: None) -> None:
         w, bias = weight(n, k, group_size), random_x(n)
-        for rows in (1, 3):
+        for rows in (1, 3, 6):
             x = random_x(rows, k)
             assert_right(int3_linear(x, *w, bias, group_size), x, w, bias, group_size)
 
@@ -120,10 +120,10 @@ class TestValues:
         assert_right(int3_linear(x, shifted, scale, zero_point, None, 128), x, w, None, 128)
 
     def test_a_row_does_not_depend_on_the_others(self, uncompiled: None) -> None:
-        w, x = weight(64, 256, 32), random_x(4, 256)
-        alone = int3_linear(x[1:2], *w, None, 32)
-        x[2] = float("nan")
-        assert torch.equal(int3_linear(x, *w, None, 32)[1:2], alone)
+        w, x = weight(64, 256, 32), random_x(6, 256)
+        alone = [int3_linear(x[row : row + 1], *w, None, 32) for row in (1, 5)]
+        x[2] = x[4] = float("nan")
+        assert torch.equal(int3_linear(x, *w, None, 32)[1::4], torch.cat(alone))
 
     @pytest.mark.parametrize("native", [False, True], ids=["emulated", "native"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -146,18 +146,18 @@ class TestValues:
 
 
 class TestWhenItCompiles:
-    def test_without_a_compiler_one_warning_and_the_same_result(self, calls: list[int]) -> None:
-        w, x = weight(64, 256, 64), random_x(2, 256)
+    def test_without_a_compiler_one_warning_and_the_same_result(self, calls: list[tuple[int, int]]) -> None:
+        w, x = weight(64, 256, 64), random_x(1, 256)
         with pytest.warns(UserWarning, match=r"C\+\+ compiler\? \(RuntimeError: no compiler\)$"):
             y = int3_linear(x, *w, None, 64)
         assert_right(y, x, w, None, 64)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             int3_linear(x, *w, None, 64)
-        assert calls == [2]
+        assert calls == [(2, 1)]
 
     def test_many_rows_small_weights_and_on_request_do_not(
-        self, calls: list[int], monkeypatch: pytest.MonkeyPatch
+        self, calls: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         int3_linear(random_x(int3_cpu.MAX_ROWS + 1, 256), *weight(64, 256, 128), None, 128)
         int3_linear(random_x(1, 128), *weight(64, 128, 128), None, 128)
@@ -170,15 +170,15 @@ class TestWhenItCompiles:
         monkeypatch.delenv("MBQ_AO_CPU_COMPILE")
         with pytest.warns(UserWarning, match="no compiler"):
             int3_linear(random_x(1, 256), *weight(64, 256, 128), None, 128)
-        assert calls == [1]
+        assert calls == [(1, 1)]
 
     @pytest.mark.parametrize(
         ("group_size", "per_tile"), [(32, 4), (64, 2), (128, 1), (256, 1), (300, 1)], ids=lambda value: str(value)
     )
-    def test_one_kernel_a_number_of_groups_in_a_tile(self, group_size: int, per_tile: int, calls: list[int]) -> None:
+    def test_one_kernel_a_number_of_groups_in_a_tile(self, group_size: int, per_tile: int, calls: list[tuple[int, int]]) -> None:
         with pytest.warns(UserWarning, match="no compiler"):
             int3_linear(random_x(int3_cpu.MAX_ROWS, 300), *weight(64, 300, group_size), None, group_size)
-        assert calls == [per_tile]
+        assert calls == [(per_tile, 4)]
 
 
 def linear(n: int, k: int) -> nn.Linear:
@@ -188,7 +188,7 @@ def linear(n: int, k: int) -> nn.Linear:
 
 
 def test_compiled(few_weights: None) -> None:
-    """Five shapes, threads, row counts, dtypes and gradient modes share one compilation, and its values are right."""
+    """Five shapes, threads, row counts, dtypes and gradient modes share two compilations, and their values are right."""
     torch._dynamo.reset()
     counters.clear()
     int3_cpu._kernel.cache_clear()
@@ -206,14 +206,14 @@ def test_compiled(few_weights: None) -> None:
     modes = itertools.cycle([torch.no_grad, torch.inference_mode, torch.enable_grad])
     for (n, k), group_size, dtype in itertools.product(SHAPES, (128, 10**6), (torch.float32, torch.bfloat16)):
         w, bias = weight(n, k, group_size, dtype), random_x(n, dtype=dtype)
-        for rows in (1, 2, 8):
+        for rows in (1, 2, 7, 8):
             x = random_x(rows, k, dtype=dtype)
             with next(modes)():
                 assert_right(int3_linear(x, *w, bias, group_size), x, w, bias, group_size)
     columns = MBQInt3Tensor.from_hp(random_x(64, 512), 128)[:, 256:]
     x = random_x(2, 256)
     assert_right(nn.functional.linear(x, columns), x, data(columns), None, 128)
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 2  # one row, and four
 
     model = nn.Sequential(linear(160, 256), nn.ReLU(), linear(96, 160))
     x = random_x(2, 256).requires_grad_()
@@ -221,4 +221,4 @@ def test_compiled(few_weights: None) -> None:
     assert torch.equal(y, model(x))
     y.sum().backward()
     assert x.grad.isfinite().all()
-    assert counters["stats"]["unique_graphs"] == 2  # the model's own
+    assert counters["stats"]["unique_graphs"] == 3  # the model's own
