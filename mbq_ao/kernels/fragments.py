@@ -1,14 +1,25 @@
-# mypy: disable-error-code="no-untyped-def"
-# (what a jitted function takes and returns has types only to Triton)
+# mypy: disable-error-code="no-untyped-def, assignment"
+# (what a jitted function takes and returns, and a tuple it grows, has types only to Triton)
 """From packed words to operand A of a tensor-core dot product, in Triton: no conversion, no shared memory.
 
-Unpacking 32 weights, one 32-bit word of each plane, is 18 LOP3 and 5 shifts in fp16, 18 and 9 in bf16, in inline
-assembly, because Triton handles 16-bit integers one at a time. INTERPRETED spells the same bits in Triton, for its
-interpreter. `operand*_of_*` only rename registers: the order of bits in layout.py is the order of mma.m16n8k16.
+Unpacking 32 weights, one 32-bit word of each plane, is a mask a pair of fields and a shift where a field stands too
+high, written in inline assembly, because Triton handles 16-bit integers one at a time. INTERPRETED spells the same
+bits in Triton, for its interpreter; both follow from `place`. `operand*_of_*` only rename registers: the order of bits
+in layout.py is the order of mma.m16n8k16.
 
-A field's *place* is the power of two that its value comes with. Fragments of one place may share an accumulator, so
-few places make few accumulators. Where an accumulator is used long enough to pay for more of them, the functions
-`*_by_block` shift less: 3 shifts instead of 5 in fp16, 6 instead of 9 in bf16, and both row blocks differ.
+A field's *place* is the power of two that its value comes with: fp16 q * 2^(p - 24), a subnormal, or bf16
+128 + q * 2^p, by a magic exponent. Fragments of one place may share an accumulator, so few places make few
+accumulators. Where an accumulator is used long enough to pay for more of them, places *by block* need fewer shifts: 3
+instead of 5 in fp16, 6 instead of 9 in bf16, and both row blocks differ. n below is 0, 1, 2 in plane a, b, c:
+
+                    f0  f1  f2  f3      f4      R
+    fp16             0   3   6   0       3      6
+    bf16             0   3   0   0, 3    3, 0   0       the second in pair 3
+    fp16 by block    0   3   6   n       3 + n  6
+    bf16 by block    0   3   0   3       n      3
+
+Masks (LOP3) and shifts (SHF) share a pipe of half the rate, which would bound the decoding kernel, so there a shift by
+s is the upper half of a product with 2^(32 - s), on another pipe, as long as ptxas does not know the factor (`one`).
 """
 
 import triton
@@ -16,118 +27,12 @@ import triton.language as tl
 
 from mbq_ao.kernels.layout import FIELDS
 
-
-@triton.jit
-def unpack_fp16(a, b, c, INTERPRETED: tl.constexpr):
-    """The 16 fields of words a, b, c as fp16 q * 2^(p - 24), in the order of layout.FIELDS.
-
-    p = 0 in pair 0 and slab 0 of pair 3, p = 3 in pair 1 and slab 1 of pair 3, p = 6 in pair 2.
-    """
-    if not INTERPRETED:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a9, b9, c9, b8, c7, r;
-            shr.u32 a9, $16, 9; shr.u32 b9, $17, 9; shr.u32 c9, $18, 9;
-            shr.u32 b8, $17, 8; shr.u32 c7, $18, 7;
-            and.b32 $0, $16, 0x00070007; and.b32 $1, $17, 0x00070007;
-            and.b32 $2, $18, 0x00070007; and.b32 $3, c9, 0x00070007;
-            and.b32 $4, $16, 0x00380038; and.b32 $5, $17, 0x00380038;
-            and.b32 $6, $18, 0x00380038; and.b32 $7, c9, 0x00380038;
-            and.b32 $8, $16, 0x01c001c0; and.b32 $9, $17, 0x01c001c0;
-            and.b32 $10, $18, 0x01c001c0;
-            and.b32 r, a9, 0x00400040;
-            lop3.b32 r, b8, 0x00800080, r, 0xea;
-            lop3.b32 $11, c7, 0x01000100, r, 0xea;
-            and.b32 $12, a9, 0x00070007; and.b32 $13, b9, 0x00070007;
-            and.b32 $14, a9, 0x00380038; and.b32 $15, b9, 0x00380038;
-            }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
-            [a, b, c],
-            dtype=(tl.float16,) * 16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        a = a.to(tl.uint16, bitcast=True)
-        b = b.to(tl.uint16, bitcast=True)
-        c = c.to(tl.uint16, bitcast=True)
-        r = ((a >> 9) & 0x40) | ((b >> 8) & 0x80) | ((c >> 7) & 0x100)
-        return (
-            (a & 0x7).to(tl.float16, bitcast=True),
-            (b & 0x7).to(tl.float16, bitcast=True),
-            (c & 0x7).to(tl.float16, bitcast=True),
-            ((c >> 9) & 0x7).to(tl.float16, bitcast=True),
-            (a & 0x38).to(tl.float16, bitcast=True),
-            (b & 0x38).to(tl.float16, bitcast=True),
-            (c & 0x38).to(tl.float16, bitcast=True),
-            ((c >> 9) & 0x38).to(tl.float16, bitcast=True),
-            (a & 0x1C0).to(tl.float16, bitcast=True),
-            (b & 0x1C0).to(tl.float16, bitcast=True),
-            (c & 0x1C0).to(tl.float16, bitcast=True),
-            r.to(tl.float16, bitcast=True),
-            ((a >> 9) & 0x7).to(tl.float16, bitcast=True),
-            ((b >> 9) & 0x7).to(tl.float16, bitcast=True),
-            ((a >> 9) & 0x38).to(tl.float16, bitcast=True),
-            ((b >> 9) & 0x38).to(tl.float16, bitcast=True),
-        )
-
-
-@triton.jit
-def unpack_bf16(a, b, c, INTERPRETED: tl.constexpr):
-    """The 16 fields as bf16 128 + q * 2^p: p = 3 in pair 1 and slab 0 of pair 3, p = 0 elsewhere."""
-    if not INTERPRETED:
-        return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a6, b6, c6, a12, b12, c9, a15, b14, c13, r;
-            shr.u32 a6, $16, 6; shr.u32 b6, $17, 6; shr.u32 c6, $18, 6;
-            shr.u32 a12, $16, 12; shr.u32 b12, $17, 12; shr.u32 c9, $18, 9;
-            shr.u32 a15, $16, 15; shr.u32 b14, $17, 14; shr.u32 c13, $18, 13;
-            lop3.b32 $0, $16, 0x00070007, 0x43004300, 0xea; lop3.b32 $1, $17, 0x00070007, 0x43004300, 0xea;
-            lop3.b32 $2, $18, 0x00070007, 0x43004300, 0xea; lop3.b32 $3, c9, 0x00070007, 0x43004300, 0xea;
-            lop3.b32 $4, $16, 0x00380038, 0x43004300, 0xea; lop3.b32 $5, $17, 0x00380038, 0x43004300, 0xea;
-            lop3.b32 $6, $18, 0x00380038, 0x43004300, 0xea; lop3.b32 $7, c9, 0x00380038, 0x43004300, 0xea;
-            lop3.b32 $8, a6, 0x00070007, 0x43004300, 0xea; lop3.b32 $9, b6, 0x00070007, 0x43004300, 0xea;
-            lop3.b32 $10, c6, 0x00070007, 0x43004300, 0xea;
-            lop3.b32 r, a15, 0x00010001, 0x43004300, 0xea;
-            lop3.b32 r, b14, 0x00020002, r, 0xea;
-            lop3.b32 $11, c13, 0x00040004, r, 0xea;
-            lop3.b32 $12, a6, 0x00380038, 0x43004300, 0xea; lop3.b32 $13, b6, 0x00380038, 0x43004300, 0xea;
-            lop3.b32 $14, a12, 0x00070007, 0x43004300, 0xea; lop3.b32 $15, b12, 0x00070007, 0x43004300, 0xea;
-            }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
-            [a, b, c],
-            dtype=(tl.bfloat16,) * 16,
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        a = a.to(tl.uint16, bitcast=True)
-        b = b.to(tl.uint16, bitcast=True)
-        c = c.to(tl.uint16, bitcast=True)
-        r = ((a >> 15) & 0x1) | ((b >> 14) & 0x2) | ((c >> 13) & 0x4)
-        return (
-            ((a & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((b & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((c & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((c >> 9) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((a & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((b & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((c & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((c >> 9) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((a >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((b >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((c >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (r | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((a >> 6) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((b >> 6) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((a >> 12) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((b >> 12) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-        )
+_R = 5
 
 
 @triton.constexpr_function
 def place(bf16: bool, by_block: bool, pair: int, slab: int, block: int) -> int:
-    """The p of a fragment's values, q * 2^(p - 24) or 128 + q * 2^p, as the unpacking functions leave them."""
+    """The p of a fragment's values, q * 2^(p - 24) or 128 + q * 2^p."""
     plane, field = FIELDS[pair][slab][block]
     if by_block:
         return ((0, 3, 0, 3, plane, 3) if bf16 else (0, 3, 6, plane, 3 + plane, 6))[field]
@@ -140,111 +45,74 @@ def places_of(bf16: bool, by_block: bool, block: int) -> tuple[int, ...]:
     return tuple(sorted({place(bf16, by_block, pair, slab, block) for pair in range(4) for slab in range(2)}))
 
 
-@triton.jit
-def unpack_fp16_by_block(a, b, c, INTERPRETED: tl.constexpr):
-    """`unpack_fp16` with two shifts less, at the price of four more places in row block 1.
+@triton.constexpr_function
+def _pieces(bf16: bool, by_block: bool, i: int) -> tuple[tuple[int, int, int], ...]:
+    """Of the i-th fragment, in the order of layout.FIELDS: (plane, shift to the right, mask) of its bits."""
+    pair, slab, block = i // 4, i // 2 % 2, i % 2
+    (plane, field), p = FIELDS[pair][slab][block], place(bf16, by_block, pair, slab, block)
+    if field == _R:
+        return tuple((n, 15 - n - p, 1 << n + p) for n in range(3))
+    return ((plane, 3 * field - p, 7 << p),)
 
-    Shifted by 9, 8 and 7, the planes' spare bits already lie at bits 6, 7 and 8 of R.
+
+@triton.constexpr_function
+def _assembly(bf16: bool, by_block: bool, multiply: bool) -> str:
+    """PTX for one word of each plane, $16 to $18, and if shifts are to be products the number one, $19."""
+    shifted: dict[tuple[int, int], str] = {}
+    lines = []
+    for i in range(16):
+        value = "0x43004300" if bf16 else None
+        pieces = _pieces(bf16, by_block, i)
+        for plane, shift, mask in pieces:
+            word = f"${16 + plane}"
+            if shift and (plane, shift) not in shifted:
+                shifted[plane, shift] = f"{'abc'[plane]}{shift}"
+                if multiply:
+                    lines.append(f"shl.b32 m, $19, {32 - shift}; mul.hi.u32 {shifted[plane, shift]}, {word}, m;")
+                else:
+                    lines.append(f"shr.u32 {shifted[plane, shift]}, {word}, {shift};")
+            operands = f"{shifted.get((plane, shift), word)}, 0x{mask:04x}{mask:04x}"
+            target = f"${i}" if (plane, shift, mask) == pieces[-1] else "r"
+            lines.append(
+                f"lop3.b32 {target}, {operands}, {value}, 0xea;" if value else f"and.b32 {target}, {operands};"
+            )
+            value = "r"
+    return "{\n.reg .b32 " + ", ".join([*shifted.values(), "m", "r"]) + ";\n" + "\n".join(lines) + "\n}"
+
+
+@triton.jit
+def unpack(a, b, c, one, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
+    """The 16 fields of words a, b, c at their places, in the order of layout.FIELDS.
+
+    one: the number, as an argument of the kernel (int32), or None for plain shifts.
     """
-    if not INTERPRETED:
+    if INTERPRETED:
+        planes = (a.to(tl.uint16, bitcast=True), b.to(tl.uint16, bitcast=True), c.to(tl.uint16, bitcast=True))
+        fields = ()
+        for i in tl.static_range(16):
+            PIECES: tl.constexpr = _pieces(BF16, BY_BLOCK, i)
+            bits = (planes[0] & 0) | (0x4300 if BF16 else 0)
+            for j in tl.static_range(len(PIECES)):
+                bits |= (planes[PIECES[j][0]] >> PIECES[j][1]) & PIECES[j][2]
+            fields += (bits.to(tl.bfloat16 if BF16 else tl.float16, bitcast=True),)
+        return fields
+    elif one is None:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a9, b8, c7, r;
-            shr.u32 a9, $16, 9; shr.u32 b8, $17, 8; shr.u32 c7, $18, 7;
-            and.b32 $0, $16, 0x00070007; and.b32 $1, $17, 0x00070007;
-            and.b32 $2, $18, 0x00070007; and.b32 $3, c7, 0x001c001c;
-            and.b32 $4, $16, 0x00380038; and.b32 $5, $17, 0x00380038;
-            and.b32 $6, $18, 0x00380038; and.b32 $7, c7, 0x00e000e0;
-            and.b32 $8, $16, 0x01c001c0; and.b32 $9, $17, 0x01c001c0;
-            and.b32 $10, $18, 0x01c001c0;
-            and.b32 r, a9, 0x00400040;
-            lop3.b32 r, b8, 0x00800080, r, 0xea;
-            lop3.b32 $11, c7, 0x01000100, r, 0xea;
-            and.b32 $12, a9, 0x00070007; and.b32 $13, b8, 0x000e000e;
-            and.b32 $14, a9, 0x00380038; and.b32 $15, b8, 0x00700070;
-            }""",
+            _assembly(BF16, BY_BLOCK, False),
             "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
             [a, b, c],
-            dtype=(tl.float16,) * 16,
+            dtype=(tl.bfloat16 if BF16 else tl.float16,) * 16,
             is_pure=True,
             pack=2,
         )
     else:
-        a = a.to(tl.uint16, bitcast=True)
-        b = b.to(tl.uint16, bitcast=True)
-        c = c.to(tl.uint16, bitcast=True)
-        return (
-            (a & 0x7).to(tl.float16, bitcast=True),
-            (b & 0x7).to(tl.float16, bitcast=True),
-            (c & 0x7).to(tl.float16, bitcast=True),
-            ((c >> 7) & 0x1C).to(tl.float16, bitcast=True),
-            (a & 0x38).to(tl.float16, bitcast=True),
-            (b & 0x38).to(tl.float16, bitcast=True),
-            (c & 0x38).to(tl.float16, bitcast=True),
-            ((c >> 7) & 0xE0).to(tl.float16, bitcast=True),
-            (a & 0x1C0).to(tl.float16, bitcast=True),
-            (b & 0x1C0).to(tl.float16, bitcast=True),
-            (c & 0x1C0).to(tl.float16, bitcast=True),
-            (((a >> 9) & 0x40) | ((b >> 8) & 0x80) | ((c >> 7) & 0x100)).to(tl.float16, bitcast=True),
-            ((a >> 9) & 0x7).to(tl.float16, bitcast=True),
-            ((b >> 8) & 0xE).to(tl.float16, bitcast=True),
-            ((a >> 9) & 0x38).to(tl.float16, bitcast=True),
-            ((b >> 8) & 0x70).to(tl.float16, bitcast=True),
-        )
-
-
-@triton.jit
-def unpack_bf16_by_block(a, b, c, INTERPRETED: tl.constexpr):
-    """`unpack_bf16` with three shifts less, at the price of two more places in row block 1.
-
-    Shifted by 12, 11 and 10, the planes' spare bits lie at bits 3, 4 and 5 of R, whose place is 3.
-    """
-    if not INTERPRETED:
         return tl.inline_asm_elementwise(
-            """{
-            .reg .b32 a6, b6, c6, a12, b11, c10, r;
-            shr.u32 a6, $16, 6; shr.u32 b6, $17, 6; shr.u32 c6, $18, 6;
-            shr.u32 a12, $16, 12; shr.u32 b11, $17, 11; shr.u32 c10, $18, 10;
-            lop3.b32 $0, $16, 0x00070007, 0x43004300, 0xea; lop3.b32 $1, $17, 0x00070007, 0x43004300, 0xea;
-            lop3.b32 $2, $18, 0x00070007, 0x43004300, 0xea; lop3.b32 $3, c6, 0x00380038, 0x43004300, 0xea;
-            lop3.b32 $4, $16, 0x00380038, 0x43004300, 0xea; lop3.b32 $5, $17, 0x00380038, 0x43004300, 0xea;
-            lop3.b32 $6, $18, 0x00380038, 0x43004300, 0xea; lop3.b32 $7, c10, 0x001c001c, 0x43004300, 0xea;
-            lop3.b32 $8, a6, 0x00070007, 0x43004300, 0xea; lop3.b32 $9, b6, 0x00070007, 0x43004300, 0xea;
-            lop3.b32 $10, c6, 0x00070007, 0x43004300, 0xea;
-            lop3.b32 r, a12, 0x00080008, 0x43004300, 0xea;
-            lop3.b32 r, b11, 0x00100010, r, 0xea;
-            lop3.b32 $11, c10, 0x00200020, r, 0xea;
-            lop3.b32 $12, a6, 0x00380038, 0x43004300, 0xea; lop3.b32 $13, b6, 0x00380038, 0x43004300, 0xea;
-            lop3.b32 $14, a12, 0x00070007, 0x43004300, 0xea; lop3.b32 $15, b11, 0x000e000e, 0x43004300, 0xea;
-            }""",
-            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r",
-            [a, b, c],
-            dtype=(tl.bfloat16,) * 16,
+            _assembly(BF16, BY_BLOCK, True),
+            "=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r",
+            [a, b, c, one],
+            dtype=(tl.bfloat16 if BF16 else tl.float16,) * 16,
             is_pure=True,
             pack=2,
-        )
-    else:
-        a = a.to(tl.uint16, bitcast=True)
-        b = b.to(tl.uint16, bitcast=True)
-        c = c.to(tl.uint16, bitcast=True)
-        r = ((a >> 12) & 0x8) | ((b >> 11) & 0x10) | ((c >> 10) & 0x20)
-        return (
-            ((a & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((b & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((c & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((c >> 6) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((a & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((b & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            ((c & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((c >> 10) & 0x1C) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((a >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((b >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((c >> 6) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (r | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((a >> 6) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((b >> 6) & 0x38) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((a >> 12) & 0x7) | 0x4300).to(tl.bfloat16, bitcast=True),
-            (((b >> 11) & 0xE) | 0x4300).to(tl.bfloat16, bitcast=True),
         )
 
 

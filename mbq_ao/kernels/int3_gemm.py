@@ -37,7 +37,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mbq_ao.kernels.fragments import unpack_bf16, unpack_fp16
+from mbq_ao.kernels.fragments import unpack
 from mbq_ao.kernels.gemm_config import GemmConfig, default_gemm_config, split_of
 from mbq_ao.kernels.launch import capability_of, interpreted, on_device, with_inner_contiguous
 
@@ -192,7 +192,7 @@ def _gemm_kernel(
         a = tl.load(at)
         b = tl.load(at + 256)
         c = tl.load(at + 512)
-        f = unpack_bf16(a, b, c, INTERPRETED) if BF16 else unpack_fp16(a, b, c, INTERPRETED)
+        f = unpack(a, b, c, None, BF16, False, INTERPRETED)
 
         s, z = next_s, next_z
         tile = tl.minimum(first + SLICES + slices, num_col_tiles - 1)

@@ -43,10 +43,7 @@ from mbq_ao.kernels.fragments import (
     operands_of_x,
     place,
     places_of,
-    unpack_bf16,
-    unpack_bf16_by_block,
-    unpack_fp16,
-    unpack_fp16_by_block,
+    unpack,
 )
 from mbq_ao.kernels.gemv_config import MAX_ROWS, GemvConfig, default_gemv_config, gemv_constants
 from mbq_ao.kernels.launch import interpreted, on_device, with_inner_contiguous
@@ -92,19 +89,6 @@ def _dot(a, b, acc, INTERPRETED: tl.constexpr):
 def _pin(INTERPRETED: tl.constexpr):
     if not INTERPRETED:
         tl.inline_asm_elementwise("bar.warp.sync 0xffffffff; mov.u32 $0, 0;", "=r", [], tl.int32, False, 1)
-
-
-@triton.jit
-def _unpack(a, b, c, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
-    if BF16:
-        if BY_BLOCK:
-            return unpack_bf16_by_block(a, b, c, INTERPRETED)
-        else:
-            return unpack_bf16(a, b, c, INTERPRETED)
-    elif BY_BLOCK:
-        return unpack_fp16_by_block(a, b, c, INTERPRETED)
-    else:
-        return unpack_fp16(a, b, c, INTERPRETED)
 
 
 @triton.jit
@@ -330,9 +314,10 @@ def _weighed(dots, BASE: tl.constexpr, BLOCK: tl.constexpr, BF16: tl.constexpr, 
     return dot
 
 
-@triton.jit(do_not_specialize=["M"])  # or every batch size that is 1, or a multiple of 16, compiles anew
+# M, or every batch size that is 1, or a multiple of 16, compiles anew; `one`, 1, for fragments.py.
+@triton.jit(do_not_specialize=["M", "one"])
 def _gemv_kernel(
-    x, qdata, scale, zero, bias, y, M, N, K, stride_xm, stride_q0, stride_scale, stride_zero,
+    x, qdata, scale, zero, bias, y, M, N, K, stride_xm, stride_q0, stride_scale, stride_zero, one,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr, ROW_TILES: tl.constexpr, COL_TILES: tl.constexpr,
     SPLIT_K: tl.constexpr, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     ONE_CHUNK: tl.constexpr, VECTOR: tl.constexpr, INTERPRETED: tl.constexpr,
@@ -409,7 +394,9 @@ def _gemv_kernel(
                 fields = ()
                 for at in tl.static_range(unit // UNITS * ROW_TILES, (unit // UNITS + 1) * ROW_TILES):
                     fields += (
-                        _unpack(planes[3 * at], planes[3 * at + 1], planes[3 * at + 2], BF16, BY_BLOCK, INTERPRETED),
+                        unpack(
+                            planes[3 * at], planes[3 * at + 1], planes[3 * at + 2], one, BF16, BY_BLOCK, INTERPRETED
+                        ),
                     )
             for i in tl.static_range(2 * PAIRS):
                 kept = dense[i :: 2 * PAIRS]  # one for each eight rows of x
@@ -516,6 +503,7 @@ def int3_gemv_triton(
             qdata.stride(0),
             scale.stride(0),
             zero_point.stride(0),
+            1,
             **constants,
             HAS_BIAS=bias is not None and config.split_k == 1,
             INTERPRETED=interpreted(),

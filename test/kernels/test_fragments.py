@@ -12,13 +12,6 @@ pytest.importorskip("triton")
 from mbq_ao.kernels import fragments
 from mbq_ao.kernels.layout import pack_int3
 
-SOURCES = {  # by dtype, and whether row blocks have places of their own
-    (torch.float16, False): fragments.unpack_fp16,
-    (torch.bfloat16, False): fragments.unpack_bf16,
-    (torch.float16, True): fragments.unpack_fp16_by_block,
-    (torch.bfloat16, True): fragments.unpack_bf16_by_block,
-}
-
 
 def run_ptx(program: str, words: dict[str, int]) -> dict[str, int]:
     """Execute what the kernels use of PTX on 32-bit registers; lop3.b32 with 0xea is (a & b) | c."""
@@ -38,22 +31,29 @@ def run_ptx(program: str, words: dict[str, int]) -> dict[str, int]:
             registers[target] = value(sources[0]) == value(sources[1])
         elif opcode == "selp.u32":
             registers[target] = value(sources[0]) if value(sources[2]) else value(sources[1])
+        elif opcode == "shl.b32":
+            registers[target] = value(sources[0]) << value(sources[1]) & 0xFFFFFFFF
         elif opcode == "mul.lo.u32":
             registers[target] = value(sources[0]) * value(sources[1]) & 0xFFFFFFFF
+        elif opcode == "mul.hi.u32":
+            registers[target] = value(sources[0]) * value(sources[1]) >> 32
         else:
             assert (opcode, sources[3]) == ("lop3.b32", "0xea")
             registers[target] = (value(sources[0]) & value(sources[1])) | value(sources[2])
     return registers
 
 
-@pytest.mark.parametrize(("dtype", "by_block"), SOURCES, ids=str)
-def test_assembly_gives_the_values_that_were_packed(dtype: torch.dtype, by_block: bool) -> None:
-    source = inspect.getsource(SOURCES[dtype, by_block].fn)
-    (program,) = re.findall(r'"""\{\s*\.reg [^;]*;(.*?)\}"""', source, re.DOTALL)
+@pytest.mark.parametrize("multiply", [False, True], ids=["shifts", "products"])
+@pytest.mark.parametrize("by_block", [False, True], ids=["shared", "by_block"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_assembly_gives_the_values_that_were_packed(dtype: torch.dtype, by_block: bool, multiply: bool) -> None:
+    source = fragments._assembly(dtype == torch.bfloat16, by_block, multiply)
+    declared, program = re.fullmatch(r"\{\s*\.reg \.b32 ([^;]*);(.*)\}", source, re.DOTALL).groups()
+    assert set(re.findall(r"[a-z]\d*\b", re.sub(r"[a-z]\w+[.\w]+|0x\w+", "", program))) <= set(declared.split(", "))
     q = torch.randint(0, 8, (32, 128), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     planes = pack_int3(q)[0, 0].view(torch.int32)  # plane, lane, pair of halves
     for lane, hi, up in itertools.product((0, 1, 13, 31), range(2), range(2)):
-        words = {f"${16 + p}": planes[p, lane, 2 * hi + up].item() & 0xFFFFFFFF for p in range(3)}
+        words = {f"${16 + p}": planes[p, lane, 2 * hi + up].item() & 0xFFFFFFFF for p in range(3)} | {"$19": 1}
         registers = run_ptx(program, words)
         for pair, slab, block in itertools.product(range(4), range(2), range(2)):
             row = 16 * block + 8 * up + lane // 4
@@ -72,6 +72,15 @@ def test_assembly_keeps_one_column() -> None:
     for column, kept in itertools.product(range(8), range(8)):
         words = {"$1": 0xFC01_7BFF, "$2": column * 0x00010001, "$3": kept * 0x00010001}
         assert run_ptx(program, words)["$0"] == (0xFC01_7BFF if column == kept else 0)
+
+
+def test_operations_a_word_of_each_plane() -> None:
+    """What is in fragments.py's table: 18 masks, and a shift or a product for each of so many."""
+    for (bf16, by_block), shifts in {(False, False): 5, (False, True): 3, (True, False): 9, (True, True): 6}.items():
+        for multiply, kind in ((False, "shr"), (True, "mul.hi")):
+            source = fragments._assembly(bf16, by_block, multiply)
+            assert len(re.findall(r"(lop3|and)\.b32", source)) == 18
+            assert source.count(kind + ".u32") == len(re.findall(r"(shr|mul)\.", source)) == shifts
 
 
 def test_places() -> None:

@@ -175,7 +175,9 @@ class TestWhenItCompiles:
     @pytest.mark.parametrize(
         ("group_size", "per_tile"), [(32, 4), (64, 2), (128, 1), (256, 1), (300, 1)], ids=lambda value: str(value)
     )
-    def test_one_kernel_a_number_of_groups_in_a_tile(self, group_size: int, per_tile: int, calls: list[tuple[int, int]]) -> None:
+    def test_one_kernel_a_number_of_groups_in_a_tile(
+        self, group_size: int, per_tile: int, calls: list[tuple[int, int]]
+    ) -> None:
         with pytest.warns(UserWarning, match="no compiler"):
             int3_linear(random_x(int3_cpu.MAX_ROWS, 300), *weight(64, 300, group_size), None, group_size)
         assert calls == [(per_tile, 4)]
@@ -188,7 +190,7 @@ def linear(n: int, k: int) -> nn.Linear:
 
 
 def test_compiled(few_weights: None) -> None:
-    """Five shapes, threads, row counts, dtypes and gradient modes share two compilations, and their values are right."""
+    """Five shapes, threads, row counts, dtypes and gradient modes share two compilations; their values are right."""
     torch._dynamo.reset()
     counters.clear()
     int3_cpu._kernel.cache_clear()
