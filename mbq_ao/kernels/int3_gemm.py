@@ -39,7 +39,7 @@ from torch import Tensor
 
 from mbq_ao.kernels.fragments import unpack
 from mbq_ao.kernels.gemm_config import GemmConfig, default_gemm_config, split_of
-from mbq_ao.kernels.launch import capability_of, interpreted, on_device, with_inner_contiguous
+from mbq_ao.kernels.launch import capability_of, empty_output, interpreted, linear_arguments, on_device
 
 
 @triton.jit
@@ -298,15 +298,11 @@ def int3_gemm_triton(
     default. Needs zero points of at most 127, and those of 3-bit weights are 0..7.
     """
     k, n = x.shape[-1], scale.shape[0]
-    rows = x.reshape(-1, k)
+    rows, qdata, scale, zero_point, some_bias, group = linear_arguments(x, qdata, scale, zero_point, bias, group_size)
     num_rows = rows.shape[0]
     if config is None:
         config = default_gemm_config(num_rows, n, k, group_size, x.dtype, capability_of(x.device))
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
-    bias = None if bias is None else bias.contiguous()
-    out_dtype = torch.float32 if interpreted() else x.dtype
-    y = torch.empty((num_rows, n), device=x.device, dtype=out_dtype)
+    y = empty_output((num_rows, n), x.dtype, x.device)
     split_tiles, num_splits = split_of(config, k)
     split = num_splits > 1
     parts = torch.empty((num_splits * num_rows, n), device=x.device, dtype=torch.float32) if split else y
@@ -316,7 +312,7 @@ def int3_gemm_triton(
             qdata,
             scale,
             zero_point,
-            scale if bias is None else bias,
+            some_bias,
             parts,
             num_rows,
             n,
@@ -327,7 +323,7 @@ def int3_gemm_triton(
             scale.stride(0),
             zero_point.stride(0),
             split_tiles,
-            GROUP=0 if scale.shape[1] == 1 else group_size,
+            GROUP=group,
             BLOCK_N=config.block_n,
             BLOCK_M=config.block_m,
             BLOCK_K=config.block_k,
@@ -344,7 +340,7 @@ def int3_gemm_triton(
         if split:
             _sum_splits_kernel[(triton.cdiv(num_rows * n, 1024),)](
                 parts,
-                parts if bias is None else bias,
+                parts if bias is None else some_bias,
                 y,
                 num_rows * n,
                 n,

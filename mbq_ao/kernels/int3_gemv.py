@@ -46,7 +46,7 @@ from mbq_ao.kernels.fragments import (
     unpack,
 )
 from mbq_ao.kernels.gemv_config import MAX_ROWS, GemvConfig, default_gemv_config, gemv_constants
-from mbq_ao.kernels.launch import interpreted, on_device, with_inner_contiguous
+from mbq_ao.kernels.launch import empty_output, interpreted, linear_arguments, num_sms_of, on_device
 
 
 @triton.constexpr_function
@@ -469,25 +469,19 @@ def int3_gemv_triton(
     config: None for `default_gemv_config`. Raises ValueError for more rows. Safe to capture in a CUDA graph.
     """
     n, k = scale.shape[0], x.shape[-1]
-    rows = x.reshape(-1, k)
+    rows, qdata, scale, zero_point, some_bias, group = linear_arguments(x, qdata, scale, zero_point, bias, group_size)
     num_rows = rows.shape[0]
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"this kernel takes 1 to {MAX_ROWS} rows of x, got {num_rows}; call int3_linear_triton")
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
     if qdata.shape[1] > 1 and qdata.stride(1) != 768:
         qdata = qdata.contiguous()
     if config is None:
-        num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 132
-        config = default_gemv_config(num_rows, n, k, group_size, x.dtype, num_sms=num_sms)
-    y = torch.empty((num_rows, n), device=x.device, dtype=torch.float32 if interpreted() else x.dtype)
+        config = default_gemv_config(num_rows, n, k, group_size, x.dtype, num_sms=num_sms_of(x.device))
+    y = empty_output((num_rows, n), x.dtype, x.device)
     parts = y
     if config.split_k > 1:
         parts = torch.empty((config.split_k, num_rows, n), device=x.device, dtype=torch.float32)
-    some_bias = scale if bias is None else bias.contiguous()
-    constants = gemv_constants(
-        num_rows, k, 0 if scale.shape[1] == 1 else group_size, x.dtype, config, scale.stride(0), zero_point.stride(0)
-    )
+    constants = gemv_constants(num_rows, k, group, x.dtype, config, scale.stride(0), zero_point.stride(0))
     with on_device(x):
         _gemv_kernel[(-(-qdata.shape[0] // config.row_tiles), config.split_k)](
             rows,

@@ -22,7 +22,7 @@ from mbq_ao.kernels.gemm_config import GemmConfig
 from mbq_ao.kernels.gemv_config import GemvConfig
 from mbq_ao.kernels.int3_gemm import int3_gemm_triton
 from mbq_ao.kernels.int3_gemv import int3_gemv_triton
-from mbq_ao.kernels.launch import interpreted, on_device, with_inner_contiguous
+from mbq_ao.kernels.launch import empty_output, group_constant, on_device, with_inner_contiguous
 from mbq_ao.kernels.layout import TILE_K, TILE_N
 
 TRANSIENT_BYTES = 128 << 20  # of dequantized weight at a time
@@ -79,13 +79,7 @@ def int3_linear_triton(
 
 
 def run_choice(
-    choice: Choice,
-    x: Tensor,
-    qdata: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
-    bias: Tensor | None,
-    group_size: int,
+    choice: Choice, x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """The linear layer by the kernel and configuration that `choice` names, for at least one row of fp16 or bf16 x."""
     if isinstance(choice, GemvConfig):
@@ -128,7 +122,7 @@ def int3_dequantize_triton(
     """`ops.int3_dequantize` by the Triton kernel; arguments as checked there."""
     qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
     n = scale.shape[0]
-    w = torch.empty((n, k), device=qdata.device, dtype=torch.float32 if interpreted() else dtype)
+    w = empty_output((n, k), dtype, qdata.device)
     if w.numel():
         with on_device(qdata):
             _dequantize_kernel[(-(-n // TILE_N), -(-k // TILE_K))](
@@ -142,7 +136,7 @@ def int3_dequantize_triton(
                 qdata.stride(1),
                 scale.stride(0),
                 zero_point.stride(0),
-                GROUP=0 if scale.shape[1] == 1 else group_size,
+                GROUP=group_constant(scale, group_size),
                 num_warps=4,
                 enable_fp_fusion=True,
             )

@@ -24,6 +24,28 @@ def with_inner_contiguous(qdata: Tensor, scale: Tensor, zero_point: Tensor) -> t
     )
 
 
+def group_constant(scale: Tensor, group_size: int) -> int:
+    """GROUP of a kernel, for which 0 is one scale a row, so that K is no constant of it."""
+    return 0 if scale.shape[1] == 1 else group_size
+
+
+def linear_arguments(
+    x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """What a kernel of `ops.int3_linear` is launched with: x as a matrix, the weight, a pointer for bias, GROUP."""
+    rows = x.reshape(-1, x.shape[-1])
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
+    # Triton wants a tensor there also where the kernel adds no bias.
+    some_bias = scale if bias is None else bias.contiguous()
+    return rows, qdata, scale, zero_point, some_bias, group_constant(scale, group_size)
+
+
+def empty_output(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """For what a kernel returns; fp32 under the interpreter, which would truncate to bf16."""
+    return torch.empty(shape, device=device, dtype=torch.float32 if interpreted() else dtype)
+
+
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 

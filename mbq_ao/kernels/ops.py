@@ -28,6 +28,7 @@ from mbq_ao.kernels.layout import TILE_N, check_qdata
 from mbq_ao.kernels.reference import dequantize_reference
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_Tensors = Sequence[Tensor]
 
 
 @torch.library.custom_op("mbq_ao::int3_linear", mutates_args=())
@@ -60,12 +61,7 @@ def _(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor 
 
 @torch.library.custom_op("mbq_ao::int3_linear_group", mutates_args=())
 def int3_linear_group(
-    x: Tensor,
-    qdata: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    zero_point: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    group_size: int,
+    x: Tensor, qdata: _Tensors, scale: _Tensors, zero_point: _Tensors, bias: _Tensors, group_size: int
 ) -> Tensor:
     """Several `int3_linear` of one x, (..., sum of N), in one launch where their data lie one after the other.
 
@@ -83,14 +79,7 @@ def int3_linear_group(
 
 
 @int3_linear_group.register_fake
-def _(
-    x: Tensor,
-    qdata: Sequence[Tensor],
-    scale: Sequence[Tensor],
-    zero_point: Sequence[Tensor],
-    bias: Sequence[Tensor],
-    group_size: int,
-) -> Tensor:
+def _(x: Tensor, qdata: _Tensors, scale: _Tensors, zero_point: _Tensors, bias: _Tensors, group_size: int) -> Tensor:
     for i, weight in enumerate(zip(qdata, scale, zero_point, strict=True)):
         _check_linear(x, *weight, bias[i] if bias else None, group_size)
     return x.new_empty((*x.shape[:-1], sum(s.shape[0] for s in scale)))

@@ -184,76 +184,31 @@ def test_both_filters_choose_what_is_quantized() -> None:
     assert {g.block for g in report.groups} == {layer}
 
 
-def test_groups_llava() -> None:
-    assert_expected_inline(
-        describe_family("llava"),
-        """\
-model.language_model.layers.0, model.language_model.layers.1
+USUAL_BLOCK = """\
 input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
 self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
 post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
+mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'"""
 
 
-def test_groups_llava_onevision() -> None:
-    assert_expected_inline(
-        describe_family("llava_onevision"),
-        """\
-model.language_model.layers.0, model.language_model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
-
-
-def test_groups_qwen2_vl() -> None:
-    assert_expected_inline(
-        describe_family("qwen2_vl"),
-        """\
-model.language_model.layers.0, model.language_model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
-
-
-def test_groups_qwen2_5_vl() -> None:
-    assert_expected_inline(
-        describe_family("qwen2_5_vl"),
-        """\
-model.language_model.layers.0, model.language_model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
-
-
-def test_groups_qwen3_vl() -> None:
-    assert_expected_inline(
-        describe_family("qwen3_vl"),
-        """\
-model.language_model.layers.0, model.language_model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
-
-
-def test_groups_internvl() -> None:
-    assert_expected_inline(
-        describe_family("internvl"),
-        """\
-model.language_model.layers.0, model.language_model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llava",
+        "llava_onevision",
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen3_vl",
+        "internvl",
+        "smolvlm",
+        "mistral3",
+        "llama",
+        "qwen3",
+    ],
+)
+def test_groups_of_the_usual_block(family: str) -> None:
+    blocks = BLOCKS.get(family, "model.language_model.layers")
+    assert describe_family(family) == f"{blocks}.0, {blocks}.1\n{USUAL_BLOCK}"
 
 
 def test_groups_gemma3() -> None:
@@ -264,30 +219,6 @@ model.language_model.layers.0, model.language_model.layers.1
 input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | one_plus_weight | at 'self_attn'
 self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
 pre_feedforward_layernorm -> mlp.gate_proj, mlp.up_proj | one_plus_weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
-
-
-def test_groups_smolvlm() -> None:
-    assert_expected_inline(
-        describe_family("smolvlm"),
-        """\
-model.text_model.layers.0, model.text_model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
-
-
-def test_groups_mistral3() -> None:
-    assert_expected_inline(
-        describe_family("mistral3"),
-        """\
-model.language_model.layers.0, model.language_model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
 mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
     )
 
@@ -317,18 +248,6 @@ model.language_model.layers.1
 input_layernorm -> cross_attn.q_proj | weight | at 'cross_attn'
 None -> cross_attn.k_proj, cross_attn.v_proj | None | at 'cross_attn'
 cross_attn.v_proj -> cross_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'cross_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
-
-
-def test_groups_llama() -> None:
-    assert_expected_inline(
-        describe_family("llama"),
-        """\
-model.layers.0, model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
 post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
 mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
     )
@@ -389,18 +308,6 @@ model.layers.0, model.layers.1
 None -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | None | at 'self_attn'
 self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
 None -> mlp.gate_proj, mlp.up_proj | None | at 'mlp'
-mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
-    )
-
-
-def test_groups_qwen3() -> None:
-    assert_expected_inline(
-        describe_family("qwen3"),
-        """\
-model.layers.0, model.layers.1
-input_layernorm -> self_attn.q_proj, self_attn.k_proj, self_attn.v_proj | weight | at 'self_attn'
-self_attn.v_proj -> self_attn.o_proj | rows offset 0 width 16 repeats 2 mixes tokens | at 'self_attn.o_proj'
-post_attention_layernorm -> mlp.gate_proj, mlp.up_proj | weight | at 'mlp'
 mlp.up_proj -> mlp.down_proj | rows offset 0 width 1 repeats 1 | at 'mlp.down_proj'""",
     )
 

@@ -1,5 +1,6 @@
 """What calibration holds beyond the model: peak bytes of live tensors, counted storage by storage."""
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -60,7 +61,8 @@ def test_the_counter_counts() -> None:
     assert live.now == 0
 
 
-def peak(num_layers: int, num_batches: int, propagate_error: bool = False) -> int:
+@functools.cache  # several tests look at the same run
+def peak(*, num_layers: int, num_batches: int, propagate_error: bool = False) -> int:
     model = build_model("llava", num_hidden_layers=num_layers)
     data = [build_batch("llava", num_text=40, seed=i) for i in range(num_batches)]
     inputs = [value for batch in data for value in batch.values()]
@@ -88,25 +90,27 @@ def sizes() -> dict[str, int]:
 
 def test_a_layer_more_costs_its_packed_weights_and_one_hidden_state(sizes: dict[str, int]) -> None:
     """Not an unpacked copy of the layer, nor activations of all batches."""
-    grown = (peak(num_layers=7, num_batches=3) - peak(num_layers=3, num_batches=3)) / 4
+    grown = (peak(num_layers=6, num_batches=3) - peak(num_layers=2, num_batches=3)) / 4
     # Folded norms and the arguments of a block's call are small change beside these two.
     assert grown <= 1.5 * (sizes["packed"] + sizes["hidden"])
     assert grown < sizes["block"] / 2
 
 
 def test_a_batch_more_costs_its_hidden_states_and_one_group(sizes: dict[str, int]) -> None:
-    grown = (peak(num_layers=3, num_batches=13) - peak(num_layers=3, num_batches=3)) / 10
+    grown = (peak(num_layers=2, num_batches=13) - peak(num_layers=2, num_batches=3)) / 10
     # The stream, and of one group: input, target, what the joined copy for the search holds of both, and the widest
     # (128) activations of a forward over them; the batch's own inputs (pixels) and logits.
     assert grown <= 8 * sizes["hidden"]
-    assert peak(num_layers=7, num_batches=13) - peak(num_layers=7, num_batches=3) <= 1.1 * 10 * grown
+    assert peak(num_layers=6, num_batches=13) - peak(num_layers=6, num_batches=3) <= 1.1 * 10 * grown
 
 
-@pytest.mark.parametrize(("propagate_error", "num_hidden"), [(False, 4), (True, 8)])
-@pytest.mark.parametrize("num_layers", [2, 10])
-@pytest.mark.parametrize("num_batches", [2, 8])
-def test_the_peak_is_what_the_docstring_says(
-    num_layers: int, num_batches: int, propagate_error: bool, num_hidden: int, sizes: dict[str, int]
-) -> None:
-    stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + num_hidden * num_batches * sizes["hidden"]
-    assert 0.4 * stated <= peak(num_layers, num_batches, propagate_error) <= stated
+@pytest.mark.parametrize(("num_layers", "num_batches"), [(2, 3), (2, 13), (6, 3), (6, 13)])
+def test_the_peak_is_what_the_docstring_says(num_layers: int, num_batches: int, sizes: dict[str, int]) -> None:
+    stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + 4 * num_batches * sizes["hidden"]
+    assert 0.4 * stated <= peak(num_layers=num_layers, num_batches=num_batches) <= stated
+
+
+@pytest.mark.parametrize(("num_layers", "num_batches"), [(2, 2), (6, 8)])
+def test_the_peak_with_error_propagation(num_layers: int, num_batches: int, sizes: dict[str, int]) -> None:
+    stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + 8 * num_batches * sizes["hidden"]
+    assert 0.4 * stated <= peak(num_layers=num_layers, num_batches=num_batches, propagate_error=True) <= stated

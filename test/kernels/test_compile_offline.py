@@ -1,19 +1,12 @@
 """The shipped kernels, compiled for real GPUs on a machine that may have none: what the interpreter cannot see.
 
-In a process of its own: conftest.py has set Triton's interpreter up in this one. The numbers hold for Triton 3.9 and
-are allowed 3%, for another ptxas or a repair; the whole table is in benchmarks/README.md.
+The numbers hold for Triton 3.9 and are allowed 3%, for another ptxas or a repair; the whole table is in
+benchmarks/README.md.
 """
 
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
+from offline import report
 
-REPORT = pathlib.Path(__file__).parents[2] / "benchmarks" / "sass_report.py"
 PER_WEIGHT = {"fp16": 1.25, "bf16": 1.35}  # instructions a weight of the whole kernel, one row of x
 ALU = 0.68  # of the pipe of half the rate
 LOOP_OF_8_ROWS = 1.45
@@ -22,19 +15,7 @@ ALLOWED = 1.03
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None:
-        pytest.skip("TRITON IS NOT INSTALLED: the kernels are not compiled for any GPU here")
-    tools = pathlib.Path(triton.origin).parent / "backends" / "nvidia" / "bin"
-    missing = [name for name in ("ptxas", "nvdisasm", "cuobjdump") if not (tools / name).exists()]
-    if missing:
-        pytest.skip(f"TRITON WITHOUT {', '.join(missing).upper()}: the kernels are not compiled for any GPU here")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(REPORT), "--gate", "--json"], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return report("sass_report.py", "--gate")
 
 
 def test_all_generations_are_compiled(rows: list[dict]) -> None:

@@ -1,35 +1,12 @@
-"""The kernel for many rows of x, compiled for real GPUs on a machine that may have none.
-
-In a process of its own: conftest.py has set Triton's interpreter up in this one.
-"""
-
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
+"""The kernel for many rows of x, compiled for real GPUs on a machine that may have none."""
 
 import pytest
-
-REPORT = pathlib.Path(__file__).parents[2] / "benchmarks" / "gemm_sass_report.py"
+from offline import report
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict]:
-    triton = importlib.util.find_spec("triton")
-    if triton is None or triton.origin is None:
-        pytest.skip("TRITON IS NOT INSTALLED: the kernels are not compiled for any GPU here")
-    tools = pathlib.Path(triton.origin).parent / "backends" / "nvidia" / "bin"
-    missing = [name for name in ("ptxas", "nvdisasm", "cuobjdump") if not (tools / name).exists()]
-    if missing:
-        pytest.skip(f"TRITON WITHOUT {', '.join(missing).upper()}: the kernels are not compiled for any GPU here")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, str(REPORT), "--json", "--quick"], capture_output=True, text=True, env=environment
-    )
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return report("gemm_sass_report.py", "--quick")
 
 
 def test_all_generations_are_compiled(rows: list[dict]) -> None:

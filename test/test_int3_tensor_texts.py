@@ -1,0 +1,153 @@
+"""MBQInt3Tensor: what is printed, and that what cannot be done to it says why not."""
+
+import textwrap
+
+import expecttest
+import torch
+from int3_tensors import K, N, quantized, random_weight, random_x
+
+from mbq_ao import MBQInt3Tensor
+
+
+class TestTexts(expecttest.TestCase):
+    """What is printed and what is said when something cannot be done."""
+
+    def says(self, error: type[Exception], call) -> str:
+        with self.assertRaises(error) as caught:
+            call()
+        return textwrap.fill(str(caught.exception), 100)
+
+    def test_repr(self) -> None:
+        self.assertExpectedInline(
+            repr(quantized()), """MBQInt3Tensor(shape=(96, 384), group_size=64, dtype=torch.float32, device=cpu)"""
+        )
+        self.assertExpectedInline(
+            textwrap.fill(repr(quantized(group_size=None, pre_scale=True, dtype=torch.bfloat16).t()), 100),
+            """\
+MBQInt3Tensor(shape=(384, 96), group_size=384, dtype=torch.bfloat16, act_pre_scale, transposed,
+device=cpu)""",
+        )
+
+    def test_group_size(self) -> None:
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: quantized(group_size=48)),
+            """group_size must be 32, 64, 128 or None (one scale a row), got 48""",
+        )
+
+    def test_dtype(self) -> None:
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: quantized(dtype=torch.float64)),
+            """a weight must be (N, K) in bfloat16, float16 or float32, got torch.float64 of shape (96, 384)""",
+        )
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: quantized().double()),
+            """an MBQInt3Tensor can be bfloat16, float16 or float32, got torch.float64; call dequantize() first""",
+        )
+
+    def test_dimensions(self) -> None:
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: MBQInt3Tensor.from_hp(torch.zeros(3))),
+            """a weight must be (N, K) in bfloat16, float16 or float32, got torch.float32 of shape (3,)""",
+        )
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: MBQInt3Tensor.from_hp(torch.zeros(0, 3))),
+            """a weight must have rows and columns, got shape (0, 3)""",
+        )
+
+    def test_act_pre_scale(self) -> None:
+        def call() -> None:
+            MBQInt3Tensor.from_hp(random_weight(), act_pre_scale=torch.ones(N))
+
+        self.assertExpectedInline(
+            self.says(ValueError, call), """act_pre_scale must be one factor an input channel, (384,), got (96,)"""
+        )
+
+    def test_inner_tensors_that_do_not_fit(self) -> None:
+        w = quantized()
+
+        def call() -> None:
+            MBQInt3Tensor(w.qdata, w.scale[:, :3], w.zero_point, w.block_size, w.shape)
+
+        self.assertExpectedInline(
+            self.says(ValueError, call),
+            """\
+scale and uint8 zero_point of a 96 x 384 weight, group_size 64, must be (96, 6), got (96, 3) and
+torch.uint8 (96, 6)""",
+        )
+
+    def test_unaligned_slices(self) -> None:
+        w = quantized()
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: w[16:]),
+            """\
+a slice of an MBQInt3Tensor must begin and end at a multiple of 32 rows or at the end (tiles are 32
+x 128, groups 64), got 16:96 of 96; call dequantize() and slice that""",
+        )
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: w[:, :64]),
+            """\
+a slice of an MBQInt3Tensor must begin and end at a multiple of 128 columns or at the end (tiles are
+32 x 128, groups 64), got 0:64 of 384; call dequantize() and slice that""",
+        )
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: w[::2]),
+            """a slice of an MBQInt3Tensor must have step 1, got 2; call dequantize() and slice that""",
+        )
+
+    def test_copy_of_a_plain_tensor(self) -> None:
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: quantized().copy_(random_weight())),
+            """\
+cannot copy a plain torch.float32 tensor into MBQInt3Tensor(shape=(96, 384), group_size=64,
+dtype=torch.float32, device=cpu); quantize it first with MBQInt3Tensor.from_hp""",
+        )
+
+    def test_copy_of_another_kind(self) -> None:
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: quantized().copy_(quantized(group_size=32))),
+            """\
+cannot copy MBQInt3Tensor(shape=(96, 384), group_size=32, dtype=torch.float32, device=cpu) into
+MBQInt3Tensor(shape=(96, 384), group_size=64, dtype=torch.float32, device=cpu): shape, group size
+and act_pre_scale must agree""",
+        )
+
+    def test_cat(self) -> None:
+        w = quantized(40)
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: torch.cat([w, w])),
+            """\
+concatenating MBQInt3Tensors along dimension 0 needs one group size and dtype, equal other
+dimensions, and every part but the last a multiple of 32, got shape=(40, 384), group_size=64,
+dtype=torch.float32, shape=(40, 384), group_size=64, dtype=torch.float32""",
+        )
+        pair = [quantized(), quantized(pre_scale=True)]
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: torch.cat(pair)),
+            """cannot concatenate MBQInt3Tensors with and without act_pre_scale""",
+        )
+
+    def test_view(self) -> None:
+        self.assertExpectedInline(
+            self.says(NotImplementedError, lambda: quantized().view(-1)),
+            """aten.view.default: an MBQInt3Tensor (96, 384) has no view of shape (36864,)""",
+        )
+
+    def test_wrong_side_of_a_matmul(self) -> None:
+        self.assertExpectedInline(
+            self.says(NotImplementedError, lambda: quantized() @ random_x(K, 2)),
+            """aten.mm.default: only x @ w.t() is supported for an MBQInt3Tensor w; call dequantize() first""",
+        )
+
+    def test_shared_memory(self) -> None:
+        self.assertExpectedInline(
+            self.says(NotImplementedError, lambda: quantized().share_memory_()),
+            """share_memory_ is not supported by MBQInt3Tensor; load the checkpoint in each process instead""",
+        )
+        assert not quantized().is_shared()
+
+    def test_any_other_op_is_named(self) -> None:
+        self.assertExpectedInline(
+            self.says(NotImplementedError, lambda: quantized() + 1),
+            """aten.add.Tensor is not implemented for MBQInt3Tensor; call dequantize() first""",
+        )
+        self.assertIn("aten.index.Tensor", self.says(NotImplementedError, lambda: quantized()[torch.tensor([1])]))
