@@ -46,9 +46,12 @@ def main() -> int:
     import_kernels(ROOT)
     if arguments.smoke:
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        # What takes seconds, once and before the forks; torch's deterministic mode imports the first.
+        import torch._inductor.config  # noqa: F401
+
         if "end_to_end" in arguments.only:
             import transformers.models.llava_onevision.modeling_llava_onevision
-            import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401  (once, before the forks)
+            import transformers.models.qwen2_5_vl.modeling_qwen2_5_vl  # noqa: F401
     return run(arguments)
 
 

@@ -46,21 +46,31 @@ def assert_matches_reference(y: Tensor, args: list) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("group_size", [32, 64, 128, None])
-@pytest.mark.parametrize("m", [1, 3, 8, 16, 17])
+@pytest.mark.parametrize("m", [1, MAX_ROWS, MAX_ROWS + 1])  # those in between: test_int3_gemv.py
 def test_linear_over_rows_and_groups(m: int, group_size: int | None, dtype: torch.dtype) -> None:
     args = problem(m, 40, 576, group_size, dtype)
     assert_matches_reference(int3_linear_triton(*args), args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("group_size", [32, 128, None])
-@pytest.mark.parametrize(("m", "n", "k"), [(1, 3, 3420), (2, 70, 896), (5, 33, 100), (65, 40, 300), (1, 1, 1)])
+SHAPES = [(1, 3, 3420), (2, 70, 896), (5, 33, 100), (65, 40, 300), (1, 1, 1)]
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("m", "n", "k", "group_size", "dtype"),
+    [  # every two of shape, group size and dtype together
+        (*shape, [32, 128, None][(i + j) % 3], dtype)
+        for i, shape in enumerate(SHAPES)
+        for j, dtype in enumerate(DTYPES)
+    ],
+    ids=str,
+)
 def test_linear_over_shapes(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype) -> None:
     args = problem(m, n, k, group_size, dtype)
     assert_matches_reference(int3_linear_triton(*args), args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_linear_with_outliers(dtype: torch.dtype) -> None:
     args = problem(4, 64, 1024, 128, dtype, outliers=True)
     assert_matches_reference(int3_linear_triton(*args), args)
@@ -116,7 +126,7 @@ def test_scale_and_bias_of_another_dtype() -> None:
     assert_matches_reference(int3_linear_triton(*args), args)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [32, 128, None])
 def test_dequantize_is_the_reference_bit_for_bit(group_size: int | None, dtype: torch.dtype) -> None:
     _, qdata, scale, zero_point, _, g = problem(1, 40, 300, group_size, dtype)
