@@ -15,7 +15,7 @@ Memory beyond the model (and `device`), at the peak at most:
 
     the packed weights of all blocks
     + 3.5 fp32 copies of one block: it is copied to be probed, and folded or fake-quantized beside that
-    + 4 times the hidden states of all calibration tokens, 8 times with error propagation: the stream, and the
+    + 4.5 times the hidden states of all calibration tokens, 10 times with error propagation: the stream, and the
       inputs, targets and outputs of one group at a time
 
 (measured in test/calibration/test_memory.py). The sensitivity pass needs less: one hidden state a block and the

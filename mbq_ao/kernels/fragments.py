@@ -91,9 +91,11 @@ def unpack(a, b, c, one, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED
         fields = ()
         for i in tl.static_range(16):
             PIECES: tl.constexpr = _pieces(BF16, BY_BLOCK, i)
-            bits = (planes[0] & 0) | (0x4300 if BF16 else 0)
-            for j in tl.static_range(len(PIECES)):
+            bits = (planes[PIECES[0][0]] >> PIECES[0][1]) & PIECES[0][2]
+            for j in tl.static_range(1, len(PIECES)):
                 bits |= (planes[PIECES[j][0]] >> PIECES[j][1]) & PIECES[j][2]
+            if BF16:
+                bits |= 0x4300
             fields += (bits.to(tl.bfloat16 if BF16 else tl.float16, bitcast=True),)
         return fields
     elif one is None:

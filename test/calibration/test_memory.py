@@ -106,11 +106,11 @@ def test_a_batch_more_costs_its_hidden_states_and_one_group(sizes: dict[str, int
 
 @pytest.mark.parametrize(("num_layers", "num_batches"), [(2, 3), (2, 13), (6, 3), (6, 13)])
 def test_the_peak_is_what_the_docstring_says(num_layers: int, num_batches: int, sizes: dict[str, int]) -> None:
-    stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + 4 * num_batches * sizes["hidden"]
+    stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + 4.5 * num_batches * sizes["hidden"]
     assert 0.4 * stated <= peak(num_layers=num_layers, num_batches=num_batches) <= stated
 
 
 @pytest.mark.parametrize(("num_layers", "num_batches"), [(2, 2), (6, 8)])
 def test_the_peak_with_error_propagation(num_layers: int, num_batches: int, sizes: dict[str, int]) -> None:
-    stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + 8 * num_batches * sizes["hidden"]
+    stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + 10 * num_batches * sizes["hidden"]
     assert 0.4 * stated <= peak(num_layers=num_layers, num_batches=num_batches, propagate_error=True) <= stated
