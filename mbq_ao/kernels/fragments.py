@@ -49,7 +49,8 @@ def places_of(bf16: bool, by_block: bool, block: int) -> tuple[int, ...]:
 def _pieces(bf16: bool, by_block: bool, i: int) -> tuple[tuple[int, int, int], ...]:
     """Of the i-th fragment, in the order of layout.FIELDS: (plane, shift to the right, mask) of its bits."""
     pair, slab, block = i // 4, i // 2 % 2, i % 2
-    (plane, field), p = FIELDS[pair][slab][block], place(bf16, by_block, pair, slab, block)
+    plane, field = FIELDS[pair][slab][block]
+    p = place(bf16, by_block, pair, slab, block)
     if field == _R:
         return tuple((n, 15 - n - p, 1 << n + p) for n in range(3))
     return ((plane, 3 * field - p, 7 << p),)
@@ -125,12 +126,35 @@ def operand_of_block(v, WARPS: tl.constexpr):
     return v.permute(0, 4, 1, 3, 2, 5).reshape(WARPS, 16, 16)
 
 
+@triton.constexpr_function
+def _moves(low: float, high: float) -> str:
+    """PTX for the halves (hi, up, odd) of a lane: the bf16 `low` where up is 0, else `high`; powers of two."""
+    bits = []
+    for value in (low, high):
+        exponent = 127
+        while value >= 2.0:
+            value, exponent = value / 2.0, exponent + 1
+        while value < 1.0:
+            value, exponent = value * 2.0, exponent - 1
+        bits.append(exponent << 7)
+    return " ".join(f"mov.b32 ${i}, 0x{bits[i % 2]:04x}{bits[i % 2]:04x};" for i in range(4))
+
+
 @triton.jit
-def operand_of_halves(LOW: tl.constexpr, HIGH: tl.constexpr, WARPS: tl.constexpr):
-    """Operand A, bf16 (WARPS, 16, 16), with LOW in rows 0..7 and HIGH in rows 8..15."""
-    v = tl.join(tl.full([WARPS, 8, 4], LOW, tl.bfloat16), tl.full([WARPS, 8, 4], HIGH, tl.bfloat16))
-    v = tl.join(v, v)
-    return tl.join(v, v).permute(0, 3, 1, 4, 2, 5).reshape(WARPS, 16, 16)
+def operand_of_halves(like, LOW: tl.constexpr, HIGH: tl.constexpr, WARPS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Operand A, bf16 (WARPS, 16, 16), with LOW in rows 0..7 and HIGH in rows 8..15.
+
+    like: words of the weight, (WARPS, 32, 8). Of constants alone Triton does not know where they are wanted, and sends
+    them through shared memory.
+    """
+    if INTERPRETED:
+        up = tl.arange(0, 8)[None, None, :] // 2 % 2 + (like & 0)
+        v = tl.where(up == 0, LOW, HIGH).to(tl.bfloat16)
+    else:
+        v = tl.inline_asm_elementwise(
+            _moves(LOW, HIGH), "=r,=r,=r,=r,r,r,r,r", [like], dtype=tl.bfloat16, is_pure=True, pack=8
+        )
+    return operand_of_block(v, WARPS)
 
 
 @triton.jit

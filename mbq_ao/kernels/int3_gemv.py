@@ -29,6 +29,9 @@ programs that split K, are summed in a fixed order, so a result does not depend 
     acc += scale * (dot - zero_point * sum(x)) after each set: integer zero points, all sums in fp32.
 
 INTERPRETED is for Triton's interpreter, which knows no assembly and truncates to bf16.
+
+Loads are of two dimensions, rows of what lies side by side, and reshaped afterwards: which of several outer dimensions
+follows the lanes differs between versions of Triton, and the wrong one costs a trip through shared memory a fragment.
 """
 
 import torch
@@ -92,36 +95,37 @@ def _pin(INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _load_planes(words, first, num_tiles, COL_TILES: tl.constexpr, EVEN: tl.constexpr):
-    """The planes of COL_TILES tiles of every row tile, three a tile, from `first` (WARPS,) on.
+def _load_planes(words, chunk, num_tiles, WARPS: tl.constexpr, COL_TILES: tl.constexpr, EVEN: tl.constexpr):
+    """The planes, (WARPS, 32, 8), of COL_TILES tiles of every row tile, three a tile, from the first warp's chunk on.
 
     A tile beyond the last is the last one again: its x is zero.
     """
     loaded = ()
+    first = (chunk + tl.arange(0, WARPS)) * COL_TILES
     for j in tl.static_range(COL_TILES):
         tile = (first if EVEN else tl.minimum(first, num_tiles - 1 - j)) * 768
         for r in tl.static_range(len(words)):
             for plane in tl.static_range(3):
-                at = words[r] + tile[:, None, None] + (j * 768 + plane * 256)
-                loaded += (tl.load(at, eviction_policy="evict_first"),)
+                at = words[r] + tile[:, None] + (j * 768 + plane * 256)
+                loaded += (tl.load(at, eviction_policy="evict_first").reshape(WARPS, 32, 8),)
     return loaded
 
 
 @triton.jit
 def _load_x(
-    x, first, M, K, stride_xm,
+    x, chunk, M, K, stride_xm, WARPS: tl.constexpr,
     ROWS: tl.constexpr, UNIT: tl.constexpr, COL_UNITS: tl.constexpr, SET: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """Operand B of a set before masking, one (WARPS, 8, 4, 8) for each 32 columns of a unit, for each 8 columns.
 
-    Column n is row n // SPAN of x and unit n % SPAN of the set.  first: the chunk's first unit, (WARPS,).
+    Column n is row n // SPAN of x and unit n % SPAN of the set.  chunk: the first warp's.
     """
     SPAN: tl.constexpr = 8 // ROWS if ROWS < 8 else 1
-    n = tl.arange(0, 8)[None, :, None, None]
-    e = tl.arange(0, 8)[None, None, None, :]
+    n = tl.arange(0, WARPS * 8)[:, None] % 8
+    first = (chunk + tl.arange(0, WARPS * 8)[:, None] // 8) * COL_UNITS
     unit = SET * SPAN + n % SPAN
-    k = (first[:, None, None, None] + unit) * UNIT + tl.arange(0, 4)[None, None, :, None] * 8
-    at = x + k + e
+    k = (first + unit) * UNIT + tl.arange(0, 32)[None, :]
+    at = x + k
     loaded = ()
     for m0 in tl.static_range(0, ROWS, 8):
         rows = at
@@ -129,16 +133,16 @@ def _load_x(
             rows += tl.minimum(m0 + n // SPAN, M - 1).to(tl.int64) * stride_xm
         for column in tl.static_range(0, UNIT, 32):
             if EVEN and (SET + 1) * SPAN <= COL_UNITS:
-                loaded += (tl.load(rows + column),)
+                v = tl.load(rows + column)
             else:
-                inside = (k + column + e < K) & (unit < COL_UNITS)
-                loaded += (tl.load(rows + column, mask=inside, other=0.0),)
+                v = tl.load(rows + column, mask=(k + column < K) & (unit < COL_UNITS), other=0.0)
+            loaded += (v.reshape(WARPS, 8, 4, 8),)
     return loaded
 
 
 @triton.jit
 def _load_scales(
-    scales, zeros, rows, first, K, stride_scale, stride_zero,
+    scales, zeros, rows, chunk, K, stride_scale, stride_zero, WARPS: tl.constexpr,
     GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, COL_UNITS: tl.constexpr, EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
@@ -150,43 +154,44 @@ def _load_scales(
     loaded = ()
     for i in tl.static_range(len(rows)):
         # What VECTOR promises of the strides, said so that Triton sees it.
-        row = rows[i][None, :, None]
-        at = row * (stride_scale // VECTOR * VECTOR)
-        loaded = loaded + _load_groups(scales[i // 4], at, first, K, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR)
-        at = row * (stride_zero // VECTOR * VECTOR)
-        loaded = loaded + _load_groups(zeros[i // 4], at, first, K, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR)
+        at = rows[i] * (stride_scale // VECTOR * VECTOR)
+        loaded = loaded + _load_groups(scales[i // 4], at, chunk, K, WARPS, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR)
+        at = rows[i] * (stride_zero // VECTOR * VECTOR)
+        loaded = loaded + _load_groups(zeros[i // 4], at, chunk, K, WARPS, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR)
     return loaded
 
 
 @triton.jit
 def _load_groups(
-    p, row, first, K,
+    p, row, chunk, K, WARPS: tl.constexpr,
     GROUP: tl.constexpr, UNIT: tl.constexpr, SPAN: tl.constexpr, COL_UNITS: tl.constexpr, EVEN: tl.constexpr,
     VECTOR: tl.constexpr,
 ):  # fmt: skip
-    """What the rows p + row, (1, 8, 1), hold for each set of a chunk."""
+    """What the rows p + row, one a lane (32 * WARPS,), hold for each set of a chunk."""
     loaded = ()
-    first = first[:, None, None] + tl.arange(0, 4)[None, None, :] * 2 % SPAN
+    lane = tl.arange(0, WARPS * 32)
+    first = tl.max_contiguous((chunk + lane // 32) * COL_UNITS + lane % 4 * 2 % SPAN, [1])
     for start in tl.static_range(0, COL_UNITS, VECTOR if SPAN == 1 else SPAN):
         if SPAN == 1 or start + SPAN <= COL_UNITS:
             at = _group_at(p, row, first, start, K, GROUP, UNIT, EVEN)
             next_at = _group_at(p, row, first, start + 1, K, GROUP, UNIT, EVEN)
         else:  # x of a column without a unit is zero; what it is scaled by must be finite
-            unit = start + tl.arange(0, 4)[None, None, :] * 2 % SPAN
+            unit = start + lane % 4 * 2 % SPAN
             own = first + tl.minimum(unit, COL_UNITS - VECTOR) - unit
             at = _group_at(p, row, own, start, K, GROUP, UNIT, EVEN)
             own = first + tl.minimum(unit + 1, COL_UNITS - 1) - unit - 1
             next_at = _group_at(p, row, own, start + 1, K, GROUP, UNIT, EVEN)
         if VECTOR == 1:
-            loaded += (tl.load(at) if SPAN == 1 else tl.join(tl.load(at), tl.load(next_at)),)
+            v = tl.load(at).reshape(WARPS, 8, 4)
+            loaded += (v if SPAN == 1 else tl.join(v, tl.load(next_at).reshape(WARPS, 8, 4)),)
         else:
-            several = tl.load(at[:, :, :, None] + tl.arange(0, VECTOR)[None, None, None, :])
+            several = tl.load(at[:, None] + tl.arange(0, VECTOR)[None, :]).reshape(WARPS, 8, 4, VECTOR)
             if SPAN > 1:
                 loaded += (several,)
             elif VECTOR == 2:
                 loaded += tl.split(several)
             else:
-                even, odd = tl.split(several.reshape(several.shape[0], 8, 4, 2, 2))
+                even, odd = tl.split(several.reshape(WARPS, 8, 4, 2, 2))
                 v0, v2 = tl.split(even)
                 v1, v3 = tl.split(odd)
                 loaded += (v0, v1, v2, v3)
@@ -229,13 +234,13 @@ def _add_dot(accumulators, i: tl.constexpr, a, b, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _sums(
-    dense, PHASE: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, BY_BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    dense, like, PHASE: tl.constexpr, SPAN: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr,
+    BY_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """What to subtract from the dots of row blocks 0 and 1, and the sum of x, each for every column: (WARPS, 16, 8).
 
-    dense: operand B of a set before masking.  PHASE: the place of its first unit in a tile.  The sum is times 2^24 for
-    bf16, as zero points and, for fp16, dots are times 2^-24.
+    dense: operand B of a set before masking.  like: words of the weight.  PHASE: the place of its first unit in a tile.
+    The sum is times 2^24 for bf16, as zero points and, for fp16, dots are times 2^-24.
     """
     PAIRS: tl.constexpr = len(dense) // 2
     none = tl.zeros([WARPS, 16, 8], tl.float32)
@@ -246,9 +251,11 @@ def _sums(
             part = none
             for i in tl.static_range(2 * PAIRS):
                 halves = operand_of_halves(
+                    like,
                     _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 0),
                     _offset(BY_BLOCK, phase * PAIRS + i // 2, i % 2, 1) if BY_BLOCK else 16777216.0,
                     WARPS,
+                    INTERPRETED,
                 )
                 part = _dot(halves, dense[i], part, INTERPRETED)
             own = (PHASE + tl.arange(0, 8)[None, None, :] % SPAN) % (4 // PAIRS) == phase
@@ -269,7 +276,7 @@ def _sums(
 
 @triton.jit
 def _flush(
-    acc, dots, dense, scales, SET: tl.constexpr, SETS: tl.constexpr, PHASE: tl.constexpr,
+    acc, dots, dense, like, scales, SET: tl.constexpr, SETS: tl.constexpr, PHASE: tl.constexpr,
     SPAN: tl.constexpr, WARPS: tl.constexpr, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """acc + scale * (dot - zero_point * sum(x)) of a set, for each row block and each 8 columns.
@@ -283,7 +290,7 @@ def _flush(
     new = ()
     for half in tl.static_range(HALVES):
         offset0, offset1, total = _sums(
-            dense[half * SLABS : (half + 1) * SLABS], PHASE, SPAN, WARPS, BF16, BY_BLOCK, INTERPRETED
+            dense[half * SLABS : (half + 1) * SLABS], like, PHASE, SPAN, WARPS, BF16, BY_BLOCK, INTERPRETED
         )
         for block in tl.static_range(BLOCKS):
             d = _in_accumulator(scales[4 * block * SETS + SET], scales[(4 * block + 2) * SETS + SET], WARPS, SPAN)
@@ -339,7 +346,7 @@ def _gemv_kernel(
     num_tiles = tl.cdiv(K, 128)
     num_chunks = 1 if ONE_CHUNK else tl.cdiv(num_tiles, SPLIT_K * WARPS * COL_TILES)
     split = tl.program_id(1) if SPLIT_K > 1 else 0
-    chunk = split * num_chunks * WARPS + tl.arange(0, WARPS)
+    chunk = split * num_chunks * WARPS  # the first warp's
 
     words = ()
     scales = ()
@@ -349,15 +356,11 @@ def _gemv_kernel(
         row_tile = tl.program_id(0) * ROW_TILES + r
         if ROW_TILES > 1:
             row_tile = tl.minimum(row_tile, tl.cdiv(N, 32) - 1)
-        words += (
-            qdata
-            + row_tile.to(tl.int64) * stride_q0
-            + (tl.arange(0, 32)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]),
-        )
+        words += (qdata + row_tile.to(tl.int64) * stride_q0 + tl.arange(0, 256)[None, :],)
         scales += (scale + (row_tile * 32).to(tl.int64) * stride_scale,)
         zeros += (zero + (row_tile * 32).to(tl.int64) * stride_zero,)
         for octet in tl.static_range(4):
-            rows += (tl.minimum(octet * 8 + tl.arange(0, 8), N - 1 - row_tile * 32),)
+            rows += (tl.minimum(octet * 8 + tl.arange(0, WARPS * 32) // 4 % 8, N - 1 - row_tile * 32),)
 
     none = tl.zeros([WARPS, 16, 8], tl.float32)
     column = (tl.arange(0, 8)[None, None, :] % SPAN).to(tl.int16)
@@ -365,20 +368,18 @@ def _gemv_kernel(
     for _ in tl.static_range(HALVES * 2 * ROW_TILES):
         acc += (none,)
     for _ in range(num_chunks):
-        # Scales of neighbouring warps may lie side by side, but a layout that follows them is not an accumulator's.
-        first = tl.max_contiguous(chunk * COL_UNITS, [1])
-        planes = _load_planes(words, chunk * COL_TILES, num_tiles, COL_TILES, EVEN)
+        planes = _load_planes(words, chunk, num_tiles, WARPS, COL_TILES, EVEN)
         _pin(INTERPRETED)
         these = _load_scales(
-            scales, zeros, rows, first, K, stride_scale, stride_zero, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR
+            scales, zeros, rows, chunk, K, stride_scale, stride_zero, WARPS, GROUP, UNIT, SPAN, COL_UNITS, EVEN, VECTOR
         )
         xs = ()
         for s in tl.static_range(1, SETS):
-            xs = xs + _load_x(x, first, M, K, stride_xm, ROWS, UNIT, COL_UNITS, s, EVEN)
+            xs = xs + _load_x(x, chunk, M, K, stride_xm, WARPS, ROWS, UNIT, COL_UNITS, s, EVEN)
         # Every dot waits for the load of x below, hence comes after this, so ptxas cannot push the loads above back to
         # where they are used, which is what it does to save registers.
         _pin(INTERPRETED)
-        xs = _load_x(x, first, M, K, stride_xm, ROWS, UNIT, COL_UNITS, 0, EVEN) + xs
+        xs = _load_x(x, chunk, M, K, stride_xm, WARPS, ROWS, UNIT, COL_UNITS, 0, EVEN) + xs
         dense = ()
         dots = ()
         fields = ()
@@ -415,7 +416,7 @@ def _gemv_kernel(
                         )
             if unit % SPAN == SPAN - 1 or unit == COL_UNITS - 1:
                 acc = _flush(
-                    acc, dots, dense, these, unit // SPAN, SETS, unit // SPAN * SPAN % UNITS,
+                    acc, dots, dense, planes[0], these, unit // SPAN, SETS, unit // SPAN * SPAN % UNITS,
                     SPAN, WARPS, BF16, BY_BLOCK, INTERPRETED,
                 )  # fmt: skip
         chunk += WARPS
