@@ -165,9 +165,10 @@ def _gemm_kernel(
     offsets = slices[:, None, None] * 128 + m[None, :, None] * stride_xm + tl.arange(0, BLOCK_K)[None, None, :]
 
     num_col_tiles = tl.cdiv(K, 128)
-    row_tile = tl.minimum(tl.program_id(0) * TILES + tl.arange(0, TILES), tl.cdiv(N, 32) - 1)
-    words = qdata + (row_tile.to(tl.int64) * stride_q0)[None, :, None, None]
-    words += tl.arange(0, 32)[None, None, :, None] * 8 + tl.arange(0, 8)[None, None, None, :]
+    # In two dimensions, for what int3_gemv.py says of loads.
+    both = tl.arange(0, SLICES * TILES)
+    row_tile = tl.minimum(tl.program_id(0) * TILES + both % TILES, tl.cdiv(N, 32) - 1)
+    words = qdata + (row_tile.to(tl.int64) * stride_q0)[:, None] + tl.arange(0, 256)[None, :]
 
     GROUPS: tl.constexpr = 128 // GROUP if GROUP == 32 or GROUP == 64 else 1
     n = (
@@ -187,11 +188,11 @@ def _gemm_kernel(
 
     acc = tl.zeros([SLICES, BLOCK_N, BLOCK_M] if SLICES > 1 else [BLOCK_N, BLOCK_M], tl.float32)
     for first in range(start, end, SLICES):
-        tile = tl.minimum(first + slices, num_col_tiles - 1)
-        at = words + (tile.to(tl.int64) * stride_q1)[:, None, None, None]
-        a = tl.load(at)
-        b = tl.load(at + 256)
-        c = tl.load(at + 512)
+        tile = tl.minimum(first + both // TILES, num_col_tiles - 1)
+        at = words + (tile.to(tl.int64) * stride_q1)[:, None]
+        a = tl.load(at).reshape(SLICES, TILES, 32, 8)
+        b = tl.load(at + 256).reshape(SLICES, TILES, 32, 8)
+        c = tl.load(at + 512).reshape(SLICES, TILES, 32, 8)
         f = unpack(a, b, c, None, BF16, False, INTERPRETED)
 
         s, z = next_s, next_z
