@@ -18,6 +18,7 @@ from mbq_ao.int3_tensor import MBQInt3Tensor
 if TYPE_CHECKING:
     from mbq_ao.calibration.fold import ScaleGroup
     from mbq_ao.calibration.report import CalibrationReport
+    from mbq_ao.calibration.settings import CalibrationSettings
 
 FilterFn = Callable[[nn.Module, str], bool]
 _RECIPES = ("best", "paper")
@@ -50,6 +51,20 @@ class MBQConfig(AOBaseConfig):
 
     def quantizer(self) -> Int3WeightQuantizer:
         return _QUANTIZERS[self.precision](self.group_size)
+
+    def settings(self) -> CalibrationSettings:
+        from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
+
+        return CalibrationSettings(
+            recipe=RECIPES[self.recipe],
+            balance=self.balance,
+            loss=self.loss,
+            propagate_error=self.propagate_error,
+            n_grid=self.n_grid,
+            quantizer=self.quantizer(),
+            scale_groups=self.scale_groups,
+            blocks=self.blocks,
+        )
 
 
 @dataclass(frozen=True)
@@ -151,23 +166,12 @@ def quantize_(
         return None
 
     from mbq_ao.calibration.mbq import calibrate
-    from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
-    settings = CalibrationSettings(
-        recipe=RECIPES[config.recipe],
-        balance=config.balance,
-        loss=config.loss,
-        propagate_error=config.propagate_error,
-        n_grid=config.n_grid,
-        quantizer=config.quantizer(),
-        scale_groups=config.scale_groups,
-        blocks=config.blocks,
-    )
     plan, report = calibrate(
         model,
         config.calib_data,
-        settings,
+        config.settings(),
         filter_fn=(lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None,
         device=None if device is None else torch.device(device),
         progress=progress,

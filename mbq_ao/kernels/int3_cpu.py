@@ -10,8 +10,8 @@ is eight independent lanes: load, mask, convert, multiply and add. Fields are us
 too big, and x comes 2^-bit smaller, which is exact. What the zero points subtract is a small product of its own.
 
 Memory is read in the order in which it lies, so the sum over tiles cannot be in the kernel's loop: it writes a
-partial sum a tile, and torch adds those up. Summed inside, each row of a tile was a stride through a whole row of
-tiles, and the kernel a third slower at 4096 x 4096.
+partial sum a tile, and torch adds those up. Summed inside, each row of a tile is a stride through a whole row of
+tiles.
 
 Rows of x are taken four at a time, for which unpacking is done once, and a lone one by itself. So the
 number of rows is in no shape, and N and K are dynamic: a model compiles twice for its groups of 128 columns and more,
@@ -19,7 +19,7 @@ twice for 64, twice for 32, whatever its layers; another number of threads compi
 
 When: at the first call with few rows for the size of the weight, in eager and inside a compiled model alike. It takes a
 quarter of a minute for one row and half of one for four, on a busy machine more, and less once torch has the result on
-disk; a model of half a billion parameters loses more by unpacking within the first hundred tokens. The choice depends
+disk; a model of half a billion parameters loses more by unpacking within the first dozens of tokens. The choice depends
 on sizes alone, so that a call always has the same bits. MBQ_AO_CPU_COMPILE=0 in the environment turns it off. Where
 torch.compile finds no C++ compiler one warning says so and the weight is unpacked instead.
 

@@ -165,7 +165,7 @@ def _gemm_kernel(
     offsets = slices[:, None, None] * 128 + m[None, :, None] * stride_xm + tl.arange(0, BLOCK_K)[None, None, :]
 
     num_col_tiles = tl.cdiv(K, 128)
-    # In two dimensions, for what int3_gemv.py says of loads.
+    # In two dimensions, for what gemv_loads.py says of loads.
     both = tl.arange(0, SLICES * TILES)
     row_tile = tl.minimum(tl.program_id(0) * TILES + both % TILES, tl.cdiv(N, 32) - 1)
     words = qdata + (row_tile.to(tl.int64) * stride_q0)[:, None] + tl.arange(0, 256)[None, :]

@@ -9,7 +9,6 @@ from torch import nn
 
 from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
 from mbq_ao.calibration import mbq, sensitivity
-from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
 
 def quantized(model: nn.Module) -> bool:
@@ -48,7 +47,9 @@ def test_interrupted_while_the_plan_is_applied(model: nn.Module, monkeypatch: py
         return parameter(*args, **kwargs)
 
     before = snapshot(model)
-    plan, _ = mbq.calibrate(model, [build_batch("llava")], settings_of(n_grid=2), progress=False)
+    plan, _ = mbq.calibrate(
+        model, [build_batch("llava")], mbq_config([], group_size=32, n_grid=2).settings(), progress=False
+    )
     assert_unchanged(model, before)
     with monkeypatch.context() as patch:
         patch.setattr(mbq.nn, "Parameter", interrupting_parameter)
@@ -105,18 +106,6 @@ def test_interrupted_while_switching_to_evaluation(model: nn.Module, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
     assert all(module.training for module in model.modules())
-
-
-def settings_of(**options: Any) -> CalibrationSettings:
-    config = mbq_config([], group_size=32, **options)
-    return CalibrationSettings(
-        recipe=RECIPES[config.recipe],
-        balance=config.balance,
-        loss=config.loss,
-        propagate_error=config.propagate_error,
-        n_grid=config.n_grid,
-        quantizer=config.quantizer(),
-    )
 
 
 def test_training_mode_is_restored(model: nn.Module) -> None:
