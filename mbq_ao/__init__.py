@@ -7,7 +7,8 @@ The tree, and which way imports go (each line imports only from lines above it):
 
     kernels/               shapes and bits: packed layout, fp32 reference, Triton kernels, the custom op
     quant_primitives.py    choose_qparams, quantize, dequantize: pure torch
-    int3_tensor.py         MBQInt3Tensor, the weight that serves; int3_shapes.py: its slices, splits and views
+    packed_weight.py       what our weights have in common; packed_shapes.py: their slices, splits and views
+    int3_tensor.py         MBQInt3Tensor, the weight that serves W3A16; w4a8_tensor.py: MBQW4A8Tensor
     fuse_linears.py        linears that read one input: one launch for them
     tuning.py              measure which kernel configuration is fastest here
     config.py              torchao configs: how a linear gets such a weight by plain rounding
@@ -22,17 +23,20 @@ from mbq_ao._quiet import import_torchao
 
 import_torchao()
 
-from mbq_ao.config import Int3WeightOnlyConfig  # noqa: E402
+from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig  # noqa: E402
 from mbq_ao.int3_tensor import MBQInt3Tensor  # noqa: E402
 from mbq_ao.quantize import MBQConfig, mbq_config, quantize_  # noqa: E402
+from mbq_ao.w4a8_tensor import MBQW4A8Tensor  # noqa: E402
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "CalibrationReport",
     "Int3WeightOnlyConfig",
+    "Int8DynamicActivationInt4WeightMBQConfig",
     "MBQConfig",
     "MBQInt3Tensor",
+    "MBQW4A8Tensor",
     "ScaleGroup",
     "compile_options",
     "fuse_linears_",

@@ -15,7 +15,9 @@ from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from mbq_ao.int3_tensor import GROUP_SIZES, MBQInt3Tensor
+from mbq_ao.int3_tensor import MBQInt3Tensor
+from mbq_ao.packed_weight import GROUP_SIZES, PackedWeight
+from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
 
 @dataclass(kw_only=True)
@@ -28,10 +30,28 @@ class Int3WeightOnlyConfig(AOBaseConfig):
     group_size: int | None = 128
 
     def __post_init__(self) -> None:
-        if self.group_size == -1:
-            self.group_size = None
-        if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
-            raise ValueError(f"group_size must be 32, 64, 128 or None (one scale a row), got {self.group_size!r}")
+        self.group_size = _checked_group_size(self.group_size)
+
+
+@dataclass(kw_only=True)
+class Int8DynamicActivationInt4WeightMBQConfig(AOBaseConfig):
+    """4-bit weights, symmetric, rounded to nearest; activations are quantized to 8 bits, one scale a token (W4A8).
+
+    group_size: 32, 64 or 128 input channels share a scale; None (or -1): one a row, as in the paper, and faster.
+    """
+
+    group_size: int | None = None
+
+    def __post_init__(self) -> None:
+        self.group_size = _checked_group_size(self.group_size)
+
+
+def _checked_group_size(group_size: int | None) -> int | None:
+    if group_size == -1:
+        return None
+    if group_size not in GROUP_SIZES or isinstance(group_size, bool):
+        raise ValueError(f"group_size must be 32, 64, 128 or None (one scale a row), got {group_size!r}")
+    return group_size
 
 
 @register_quantize_module_handler(Int3WeightOnlyConfig)
@@ -39,15 +59,29 @@ def quantize_linear_int3(
     module: nn.Module, config: Int3WeightOnlyConfig, *, parameter_name: str = "weight"
 ) -> nn.Module:
     """Replace the module's weight by its 3-bit form. Any other parameter (a bias) is left as it is."""
+    return _quantize_linear(module, MBQInt3Tensor, config.group_size, parameter_name)
+
+
+@register_quantize_module_handler(Int8DynamicActivationInt4WeightMBQConfig)
+def quantize_linear_w4a8(
+    module: nn.Module, config: Int8DynamicActivationInt4WeightMBQConfig, *, parameter_name: str = "weight"
+) -> nn.Module:
+    """Replace the module's weight by its 4-bit form. Any other parameter (a bias) is left as it is."""
+    return _quantize_linear(module, MBQW4A8Tensor, config.group_size, parameter_name)
+
+
+def _quantize_linear(
+    module: nn.Module, kind: type[PackedWeight], group_size: int | None, parameter_name: str
+) -> nn.Module:
     if parameter_name != "weight":
         return module
     weight = module.weight
-    if isinstance(weight, MBQInt3Tensor):
+    if isinstance(weight, PackedWeight):
         raise ValueError(
             f"the weight of this {type(module).__name__} is quantized already: {weight}; "
             "exclude the module with filter_fn, or load the model again"
         )
-    quantized = MBQInt3Tensor.from_hp(weight.detach(), config.group_size)
+    quantized = kind.from_hp(weight.detach(), group_size)
     module.weight = nn.Parameter(quantized, requires_grad=False)
     module.extra_repr = types.MethodType(_extra_repr, module)
     return module

@@ -2,8 +2,10 @@
 
 Along K, each group of `group_size` columns of a row has a scale d and an integer zero point z (b bits):
 
-    d = clamp(max - min, 1e-5) / (2^b - 1)      z = clamp(-round(min / d), 0, 2^b - 1)
-    q = clamp(round(w / d) + z, 0, 2^b - 1)     w' = (q - z) * d
+    affine       d = clamp(max - min, 1e-5) / (2^b - 1)         z = clamp(-round(min / d), 0, 2^b - 1)
+                 q = clamp(round(w / d) + z, 0, 2^b - 1)        w' = (q - z) * d
+    symmetric    d = clamp(max |w|, 1e-5) / (2^(b-1) - 1)
+                 q = clamp(round(w / d), -2^(b-1), 2^(b-1) - 1)    w' = q * d
 
 The arithmetic is fp32 for every dtype of w and in exactly this order: it agrees bit for bit with the
 published MBQ code run in fp32. Where the scale is stored in 16 bits it is rounded first, and z and q are
@@ -48,8 +50,31 @@ def quantize_affine(w: Tensor, scale: Tensor, zero_point: Tensor, *, group_size:
     return q
 
 
-def dequantize_affine(q: Tensor, scale: Tensor, zero_point: Tensor, *, group_size: int, dtype: torch.dtype) -> Tensor:
-    """The weight (q - zero_point) * scale, computed in fp32, then rounded to `dtype`: (N, K) like q."""
+def choose_scale_symmetric(
+    w: Tensor, *, group_size: int, num_bits: int = 4, scale_dtype: torch.dtype | None = None
+) -> Tensor:
+    """The scale of a symmetric grid, (N, ceil(K / group_size)) in `scale_dtype`; None means w's dtype."""
+    _check_matrix(w)
+    # Of the minimum and the maximum, not of |w|, which would be a copy.
+    low, high = _extremes(w, group_size)
+    absmax = torch.maximum(-low, high).clamp_(min=_MIN_RANGE)
+    return _stored(absmax / (2 ** (num_bits - 1) - 1), w.dtype if scale_dtype is None else scale_dtype)
+
+
+def quantize_symmetric(w: Tensor, scale: Tensor, *, group_size: int, num_bits: int = 4) -> Tensor:
+    """The integers clamp(round(w / scale), -2^(b-1), 2^(b-1) - 1): int8, (N, K) like w."""
+    _check_matrix(w)
+    d, q_max = scale.to(torch.float32), 2 ** (num_bits - 1) - 1
+    q = w.new_empty(w.shape, dtype=torch.int8)
+    for (columns, groups), (out, _) in zip(group_views(w, group_size), group_views(q, group_size), strict=True):
+        out.copy_((columns.to(torch.float32) / d[:, groups, None]).round_().clamp_(-q_max - 1, q_max))
+    return q
+
+
+def dequantize_affine(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, *, group_size: int, dtype: torch.dtype
+) -> Tensor:
+    """The weight (q - zero_point) * scale, computed in fp32, then rounded to `dtype`: (N, K) like q. None is 0."""
     return dequantize_groups(q, scale, zero_point, group_size, dtype)
 
 
@@ -72,14 +97,23 @@ def fake_quantize_affine(w: Tensor, *, group_size: int, num_bits: int = 3) -> Te
 def _choose_qparams(w: Tensor, group_size: int, num_bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Scale in `scale_dtype`, zero point as whole numbers in fp32."""
     q_max = 2**num_bits - 1
+    low, high = _extremes(w, group_size)
+    scale = _stored((high - low).clamp_(min=_MIN_RANGE) / q_max, scale_dtype)
+    zero_point = (low / scale.to(torch.float32)).round_().neg_().clamp_(0, q_max)
+    return scale, zero_point
+
+
+def _extremes(w: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum of every group, (N, groups) fp32."""
     groups = [columns for columns, _ in group_views(w, group_size)]
     low = torch.cat([columns.amin(2) for columns in groups], dim=1).to(torch.float32)
     high = torch.cat([columns.amax(2) for columns in groups], dim=1).to(torch.float32)
-    scale = ((high - low).clamp_(min=_MIN_RANGE) / q_max).to(scale_dtype)
-    # In 16 bits a scale could round to zero; the smallest subnormal stands in for it.
-    scale.clamp_(min=torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps)
-    zero_point = (low / scale.to(torch.float32)).round_().neg_().clamp_(0, q_max)
-    return scale, zero_point
+    return low, high
+
+
+def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """In 16 bits a scale could round to zero; the smallest subnormal stands in for it."""
+    return scale.to(dtype).clamp_(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
 
 
 def _round_to_grid(w: Tensor, d: Tensor, z: Tensor, num_bits: int) -> Tensor:

@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "mbq_ao"
 ORDER = [
     "kernels",
     "quant_primitives",
+    "packed_weight",
     "int3_tensor",
     "fuse_linears",
     "tuning",
@@ -20,7 +21,7 @@ ORDER = [
     "quantize",
     "demo",
 ]
-SAME_LAYER = {"int3_shapes": "int3_tensor"}
+SAME_LAYER = {"packed_shapes": "packed_weight", "w4a8_tensor": "int3_tensor"}
 
 
 def part_of(module: str) -> str | None:

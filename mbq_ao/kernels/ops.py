@@ -1,4 +1,4 @@
-"""The door to the kernels: `torch.library` ops, opaque to torch.compile, chosen by device inside.
+"""The door to the W3A16 kernels: `torch.library` ops, opaque to torch.compile, chosen by device inside.
 
     torch.ops.mbq_ao.int3_linear(x, qdata, scale, zero_point, bias, group_size)             -> (..., N) in x.dtype
     torch.ops.mbq_ao.int3_linear_group(x, [qdata], [scale], [zero_point], [bias], group_size)  -> several at once
@@ -14,20 +14,17 @@ These are custom ops, not `triton_op`s: the choice of a kernel by the number of 
 recompilation to a compiled model, and a model compiles on a machine without a GPU.
 """
 
-import functools
-import importlib.util
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mbq_ao.kernels.checks import check_bias_and_devices, check_input, check_one_device, check_scale, has_kernels
 from mbq_ao.kernels.int3_cpu import int3_linear_cpu
 from mbq_ao.kernels.layout import TILE_N, check_qdata
 from mbq_ao.kernels.reference import dequantize_reference
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _Tensors = Sequence[Tensor]
 
 
@@ -43,7 +40,7 @@ def int3_linear(
     not fit and for tensors on different devices.
     """
     _check_linear(x, qdata, scale, zero_point, bias, group_size)
-    if _has_kernels(x.device):
+    if has_kernels(x.device):
         from mbq_ao.kernels.int3_linear import int3_linear_triton
 
         return int3_linear_triton(x, qdata, scale, zero_point, bias, group_size)
@@ -112,7 +109,7 @@ def int3_dequantize(
     Shapes and errors as in `int3_linear`.
     """
     _check_weight(qdata, scale, zero_point, k, group_size)
-    if _has_kernels(qdata.device):
+    if has_kernels(qdata.device):
         from mbq_ao.kernels.int3_linear import int3_dequantize_triton
 
         return int3_dequantize_triton(qdata, scale, zero_point, k, group_size, dtype)
@@ -145,66 +142,20 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 int3_linear.register_autograd(_backward, setup_context=_save_for_backward)
 
 
-@functools.cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run on this device; says so once where a GPU has to do without them."""
-    if device.type != "cuda":
-        return False
-    reason = ""
-    if torch.version.hip is not None:
-        reason = "the kernels are for NVIDIA GPUs"
-    elif torch.cuda.get_device_capability(device) < (8, 0):
-        reason = "compute capability 8.0 is needed"
-    elif importlib.util.find_spec("triton") is None:
-        reason = "triton is not installed"
-    if reason:
-        warnings.warn(
-            f"mbq_ao: no 3-bit kernel on {torch.cuda.get_device_name(device)} ({reason}); "
-            "each linear unpacks its weight instead, which is right but slow",
-            stacklevel=2,
-        )
-    return not reason
-
-
 def _check_linear(
     x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
 ) -> None:
-    if x.dim() == 0 or x.dtype not in _DTYPES:
-        raise ValueError(
-            f"x must be (..., K) in float32, float16 or bfloat16, got {x.dtype} of shape {tuple(x.shape)}; cast it"
-        )
+    check_input(x)
     _check_weight(qdata, scale, zero_point, x.shape[-1], group_size)
-    n = scale.shape[0]
-    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype not in _DTYPES):
-        raise ValueError(f"bias must be ({n},) and floating point, got {bias.dtype} of shape {tuple(bias.shape)}")
-    devices = {t.device for t in (x, qdata, bias) if t is not None}
-    if len(devices) > 1:
-        raise ValueError(
-            f"x, weight and bias must be on one device, got x on {x.device}, the weight on {qdata.device}"
-            + ("" if bias is None else f", bias on {bias.device}")
-            + "; move them with .to(device)"
-        )
+    check_bias_and_devices(x, qdata, bias, scale.shape[0])
 
 
 def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int) -> None:
-    if group_size < 1 or (group_size < k and group_size not in (32, 64) and group_size % 128):
-        raise ValueError(
-            "group_size must be 32, 64, a multiple of 128, or at least K for one scale a row, "
-            f"got {group_size} for K={k}"
-        )
-    if scale.dim() != 2 or scale.shape[1] != -(-k // group_size) or scale.dtype not in _DTYPES:
-        raise ValueError(
-            f"scale must be (N, ceil(K / group_size)) in float32, float16 or bfloat16, got {scale.dtype} of shape "
-            f"{tuple(scale.shape)} for K={k}, group_size={group_size}; K is the last dimension of x"
-        )
+    check_scale(scale, k, group_size)
     if zero_point.shape != scale.shape or zero_point.dtype != torch.uint8:
         raise ValueError(
             f"zero_point must be uint8 of scale's shape {tuple(scale.shape)}, got {zero_point.dtype} of shape "
             f"{tuple(zero_point.shape)}"
         )
     check_qdata(qdata, scale.shape[0], k)
-    if not qdata.device == scale.device == zero_point.device:
-        raise ValueError(
-            f"qdata, scale and zero_point must be on one device, got {qdata.device}, {scale.device}, "
-            f"{zero_point.device}; move them with .to(device)"
-        )
+    check_one_device({"qdata": qdata, "scale": scale, "zero_point": zero_point})

@@ -1,24 +1,36 @@
 """Every op of this folder in plain torch, fp32: what the kernels must compute, and what tests compare with.
 
-    y[m, n] = sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero_point[n, k // g]) + bias[n],    g = group_size
+    W3A16    y[m, n] = sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero_point[n, k // g]) + bias[n]
 
-Written to be read. The CPU uses `dequantize_reference` too, so it is not written to be slow.
+    W4A8     d[m] = max(max_k |x[m, k] * p[k]|, 1e-5) / 127                   p = act_pre_scale
+             xq[m, k] = round(x[m, k] * p[k] / d[m])                          an integer, -127..127
+             y[m, n] = sum_j (sum_k xq[m, k] * q[n, k]) * scale[n, j] * d[m] + bias[n]    k over group j
+
+with g = group_size columns a group. Written to be read. The CPU uses it too, so it is not written to be slow.
 """
 
 import torch
 from torch import Tensor
 
+from mbq_ao.kernels.int4_layout import unpack_int4
 from mbq_ao.kernels.layout import unpack_int3
 
+_MIN_ABSMAX = 1e-5  # of a token, or of a group of weights: zeros keep a usable scale
 
-def dequantize_groups(q: Tensor, scale: Tensor, zero_point: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
+
+def dequantize_groups(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, group_size: int, dtype: torch.dtype
+) -> Tensor:
     """(q - zero_point) * scale, computed in fp32, rounded once to `dtype`.
 
     q: (N, K) integer.  scale, zero_point: (N, ceil(K / group_size)); the last group may be short.
+    zero_point=None is 0.
     """
     weight = q.to(torch.float32)
     for columns, groups in group_views(weight, group_size):
-        columns.sub_(zero_point[:, groups, None]).mul_(scale[:, groups, None])
+        if zero_point is not None:
+            columns.sub_(zero_point[:, groups, None])
+        columns.mul_(scale[:, groups, None])
     return weight.to(dtype)
 
 
@@ -52,3 +64,43 @@ def int3_linear_reference(
     """The linear layer in fp32, whatever the inputs' dtypes.  x: (..., K).  Returns (..., N) fp32."""
     weight = dequantize_reference(qdata, scale, zero_point, x.shape[-1], group_size, torch.float32)
     return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
+
+
+def quantize_tokens(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Per-token symmetric int8: x (..., K) -> (int8 (..., K), fp32 (..., 1) scale d), computed in fp32.
+
+    A token of zeros has zeros and a positive scale. One that holds a NaN or an infinity has zeros and that, or an
+    infinity, as its scale: NaN in its row of a matmul, and nowhere else.
+    """
+    x = x.to(torch.float32)
+    if act_pre_scale is not None:
+        x = x * act_pre_scale.to(torch.float32)
+    d = x.abs().amax(-1, keepdim=True).clamp(min=_MIN_ABSMAX) / 127 if x.shape[-1] else x.new_ones((*x.shape[:-1], 1))
+    # The division of a finite number by an infinite scale is 0, and of an infinite one is to be so, too.
+    return (x / d).round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int8), d
+
+
+def int4_dequantize_reference(qdata: Tensor, scale: Tensor, k: int, group_size: int, dtype: torch.dtype) -> Tensor:
+    """The (N, k) weight in `dtype`.  qdata: see int4_layout.py.  scale: (N, ceil(k / group_size))."""
+    return dequantize_groups(unpack_int4(qdata, scale.shape[0], k), scale, None, group_size, dtype)
+
+
+def w4a8_linear_reference(
+    x: Tensor,
+    qdata: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    act_pre_scale: Tensor | None,
+    group_size: int,
+) -> Tensor:
+    """The linear layer in fp32 but for the sums of integers, which are exact.  x: (..., K).  Returns (..., N) fp32."""
+    n, k = scale.shape[0], x.shape[-1]
+    xq, d = quantize_tokens(x.reshape(-1, k), act_pre_scale)
+    q = unpack_int4(qdata, n, k)
+    y = x.new_zeros((xq.shape[0], n), dtype=torch.float32)
+    for group in range(scale.shape[1]):
+        columns = slice(group * group_size, (group + 1) * group_size)
+        sums = xq[:, columns].double() @ q[:, columns].double().t()  # below 2^53: exact
+        y += sums.float() * scale[:, group].float()
+    y *= d
+    return (y if bias is None else y + bias.float()).view(*x.shape[:-1], n)

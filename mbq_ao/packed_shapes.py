@@ -1,8 +1,8 @@
-"""Slicing, splitting, joining and transposing MBQInt3Tensor: how it is sharded.
+"""Slicing, splitting, joining and transposing a PackedWeight: how it is sharded.
 
-A slice is a view: of whole tiles of the packed data, 32 rows or 128 columns (kernels/layout.py), and of whole groups
-of scales. Where the weight's own size is not a multiple of these, the last slice is short. Everything else raises
-ValueError with the rule; only dequantizing could serve it. int3_tensor.py registers the handlers below.
+A slice is a view: of whole tiles of the packed data (TILE_N rows or TILE_K columns), and of whole groups of scales.
+Where the weight's own size is not a multiple of these, the last slice is short. Everything else raises ValueError
+with the rule; only dequantizing could serve it. packed_weight.py registers the handlers below.
 """
 
 from __future__ import annotations
@@ -15,41 +15,38 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
-from mbq_ao.kernels.layout import TILE_K, TILE_N
 from mbq_ao.quant_primitives import num_groups
 
 if TYPE_CHECKING:
-    from mbq_ao.int3_tensor import MBQInt3Tensor
+    from mbq_ao.packed_weight import PackedWeight
 
 aten = torch.ops.aten
 
 
-def _slice(w: MBQInt3Tensor, dim: int, start: int, end: int) -> MBQInt3Tensor:
+def _slice(w: PackedWeight, dim: int, start: int, end: int) -> PackedWeight:
     """Rows or columns start..end of the weight, as views of its data. `dim` is of the tensor as it is seen."""
     size = w.shape[dim]
     if w.transposed:
         dim = 1 - dim
     per_row = dim == 1 and w.group_size >= size  # then every slice of columns has the row's scale
-    g = w.group_size
-    unit = TILE_N if dim == 0 else TILE_K if per_row else math.lcm(TILE_K, g)
+    g, tile = w.group_size, (w.TILE_N, w.TILE_K)[dim]
+    unit = tile if dim == 0 or per_row else math.lcm(tile, g)
     if start % unit or (end % unit and end != size):
         raise ValueError(
-            f"a slice of an MBQInt3Tensor must begin and end at a multiple of {unit} {('rows', 'columns')[dim]} or at "
-            f"the end (tiles are {TILE_N} x {TILE_K}, groups {g}), got {start}:{end} of {size}; "
+            f"a slice of an {type(w).__name__} must begin and end at a multiple of {unit} {('rows', 'columns')[dim]} "
+            f"or at the end (tiles are {w.TILE_N} x {w.TILE_K}, groups {g}), got {start}:{end} of {size}; "
             "call dequantize() and slice that"
         )
     shape = list(w.shape)
     shape[dim if not w.transposed else 1 - dim] = end - start
+    tiles = slice(start // tile, -(-end // tile))
     if dim == 0:
-        rows = slice(start, end)
-        tiles = slice(start // TILE_N, -(-end // TILE_N))
-        return w._replace(qdata=w.qdata[tiles], scale=w.scale[rows], zero_point=w.zero_point[rows], shape=shape)
-    tiles = slice(start // TILE_K, -(-end // TILE_K))
+        data = {name: getattr(w, name)[start:end] for name in w.tensor_data_names}
+        return w._replace(**{**data, "qdata": w.qdata[tiles]}, shape=shape)
     groups = slice(0, num_groups(end - start, g)) if per_row else slice(start // g, num_groups(end, g))
+    data = {name: getattr(w, name)[:, groups] for name in w.tensor_data_names}
     return w._replace(
-        qdata=w.qdata[:, tiles],
-        scale=w.scale[:, groups],
-        zero_point=w.zero_point[:, groups],
+        **{**data, "qdata": w.qdata[:, tiles]},
         act_pre_scale=None if w.act_pre_scale is None else w.act_pre_scale[start:end],
         block_size=[1, end - start] if per_row and 0 < end - start < size else w.block_size,
         shape=shape,
@@ -58,20 +55,20 @@ def _slice(w: MBQInt3Tensor, dim: int, start: int, end: int) -> MBQInt3Tensor:
 
 def _wrapped_dim(dim: int) -> int:
     if not -2 <= dim <= 1:
-        raise IndexError(f"dimension must be -2..1 for an MBQInt3Tensor, got {dim}")
+        raise IndexError(f"dimension must be -2..1 for a quantized weight, got {dim}")
     return dim % 2
 
 
-def slice_weight(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
+def slice_weight(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
     w, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
     dim = _wrapped_dim(dim)
     start, end, _ = slice(start, end).indices(w.shape[dim])
     if step != 1:
-        raise ValueError(f"a slice of an MBQInt3Tensor must have step 1, got {step}; call dequantize() and slice that")
+        raise ValueError(f"a slice of {w} must have step 1, got {step}; call dequantize() and slice that")
     return return_and_correct_aliasing(func, args, kwargs, _slice(w, dim, start, max(start, end)))
 
 
-def split_weight(func: Any, types: Any, args: Any, kwargs: Any) -> tuple[MBQInt3Tensor, ...]:
+def split_weight(func: Any, types: Any, args: Any, kwargs: Any) -> tuple[PackedWeight, ...]:
     w, sizes = args[:2]
     dim = _wrapped_dim(args[2] if len(args) > 2 else kwargs.get("dim", 0))
     if isinstance(sizes, int):
@@ -83,47 +80,49 @@ def split_weight(func: Any, types: Any, args: Any, kwargs: Any) -> tuple[MBQInt3
     return tuple(_slice(w, dim, start, end) for start, end in pairwise(bounds))
 
 
-def cat_weights(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
+def cat_weights(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
     parts = args[0]
     dim = _wrapped_dim(args[1] if len(args) > 1 else kwargs.get("dim", 0))
     if not all(type(w) is type(parts[0]) and not w.transposed for w in parts):
-        raise NotImplementedError(f"{func}: all tensors must be MBQInt3Tensor and none transposed")
+        raise NotImplementedError(f"{func}: all tensors must be of one quantized type and none transposed")
     first = parts[0]
     n, k = first.shape
-    unit = TILE_N if dim == 0 else math.lcm(TILE_K, first.group_size)
+    unit = first.TILE_N if dim == 0 else math.lcm(first.TILE_K, first.group_size)
     if any(w.shape[dim] % unit for w in parts[:-1]) or any(
         w.shape[1 - dim] != first.shape[1 - dim] or w.block_size != first.block_size or w.dtype != first.dtype
         for w in parts
     ):
         raise ValueError(
-            f"concatenating MBQInt3Tensors along dimension {dim} needs one group size and dtype, equal other "
+            f"concatenating {type(first).__name__}s along dimension {dim} needs one group size and dtype, equal other "
             f"dimensions, and every part but the last a multiple of {unit}, got "
             f"{', '.join(w._quantization_type() for w in parts)}"
         )
     scales = [w.act_pre_scale for w in parts]
     act_pre_scale = scales[0]
     if any((s is None) != (act_pre_scale is None) for s in scales):
-        raise ValueError("cannot concatenate MBQInt3Tensors with and without act_pre_scale")
+        raise ValueError(f"cannot concatenate {type(first).__name__}s with and without act_pre_scale")
     if act_pre_scale is not None and dim == 1:
         act_pre_scale = torch.cat(scales)
     elif act_pre_scale is not None and not all(torch.equal(act_pre_scale, s) for s in scales):
-        raise ValueError("cannot concatenate rows of MBQInt3Tensors whose act_pre_scale differ: they share the input")
+        raise ValueError(
+            f"cannot concatenate rows of {type(first).__name__}s whose act_pre_scale differ: they share the input"
+        )
     shape = [n, k]
     shape[dim] = sum(w.shape[dim] for w in parts)
     data = {name: torch.cat([getattr(w, name) for w in parts], dim) for name in first.tensor_data_names}
     return first._replace(**data, shape=shape, act_pre_scale=act_pre_scale)
 
 
-def view_weight(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
+def view_weight(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
     w, size = args
     known = math.prod(s for s in size if s != -1)
     size = [w.numel() // known if s == -1 else s for s in size]
     if size != list(w.shape):
-        raise NotImplementedError(f"{func}: an MBQInt3Tensor {tuple(w.shape)} has no view of shape {tuple(size)}")
+        raise NotImplementedError(f"{func}: an {type(w).__name__} {tuple(w.shape)} has no view of shape {tuple(size)}")
     return return_and_correct_aliasing(func, args, kwargs, w._apply_fn_to_data(aten.alias.default))
 
 
-def transpose_weight(func: Any, types: Any, args: Any, kwargs: Any) -> MBQInt3Tensor:
+def transpose_weight(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
     w, *dims = args
     order = [_wrapped_dim(d) for d in (dims[0] if func is aten.permute.default else dims)]
     swaps = order == [1, 0] if func is aten.permute.default else not order or order[0] != order[1]

@@ -1,0 +1,276 @@
+"""PackedWeight: what MBQInt3Tensor and MBQW4A8Tensor have in common, which is all but the bits and the kernel.
+
+A (N, K) weight as packed data and scales, and for some a zero point. They have the dimension order of the weight, so
+slicing, sharding and concatenating are the same on all of them; packed_shapes.py does it. They work on whole tiles
+(TILE_N rows or TILE_K columns of the packed data) and whole groups.
+
+`act_pre_scale` belongs to the activation, not to the weight: calibration multiplies a column of the weight by s
+and, where no earlier layer can take 1 / s, leaves it here. `dequantize()` does not apply it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn, Self
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torchao.utils import TorchAOBaseTensor
+
+from mbq_ao import packed_shapes
+from mbq_ao.quant_primitives import num_groups
+
+aten = torch.ops.aten
+
+GROUP_SIZES = (32, 64, 128, None)
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class PackedWeight(TorchAOBaseTensor):
+    """A (N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
+
+    A subclass names its data, checks it in __new__, and has from_hp, dequantize, _linear and _rows.
+    """
+
+    tensor_attribute_names = ["block_size", "shape"]  # noqa: RUF012
+    optional_tensor_data_names = ["act_pre_scale"]  # noqa: RUF012
+    optional_tensor_attribute_names = ["transposed"]  # noqa: RUF012
+
+    TILE_N: ClassVar[int]
+    TILE_K: ClassVar[int]
+
+    qdata: Tensor
+    scale: Tensor
+    block_size: list[int]
+    act_pre_scale: Tensor | None
+    transposed: bool
+
+    @classmethod
+    def from_hp(cls, w: Tensor, group_size: int | None, act_pre_scale: Tensor | None = None) -> Self:
+        """Quantize a (N, K) weight by rounding it to the nearest point of its grid."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """The plain weight in scale's dtype, (N, K), or (K, N) where transposed; without act_pre_scale."""
+        raise NotImplementedError
+
+    def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """F.linear(x, self, bias) of a weight that is not transposed."""
+        raise NotImplementedError
+
+    def _rows(self, rows: Tensor) -> Tensor:
+        """Rows (R,) of the plain weight, (R, K); it is not transposed and has no act_pre_scale."""
+        raise NotImplementedError
+
+    @classmethod
+    def _wrapper(
+        cls, shape: Sequence[int], scale: Tensor, act_pre_scale: Tensor | None, transposed: bool | None
+    ) -> Self:
+        """What __new__ returns, after it has checked the data of its own."""
+        k = shape[0] if transposed else shape[1]
+        if act_pre_scale is not None and tuple(act_pre_scale.shape) != (k,):
+            raise ValueError(
+                f"act_pre_scale must be one factor an input channel, ({k},), got {tuple(act_pre_scale.shape)}"
+            )
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            tuple(shape),
+            strides=(1, k) if transposed else (k, 1),
+            device=scale.device,
+            dtype=scale.dtype,
+            requires_grad=False,
+        )
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in cls._ATEN_OP_TABLE[cls]:
+            raise NotImplementedError(f"{func} is not implemented for {cls.__name__}; call dequantize() first")
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+    @property
+    def group_size(self) -> int:
+        """Columns that share a scale; K where a row has one."""
+        return self.block_size[1]
+
+    def quantized_nbytes(self) -> int:
+        """Bytes of all the data. (`nbytes` is what a plain tensor of this shape and dtype would take.)"""
+        names = self.__tensor_flatten__()[0]
+        return sum(getattr(self, name).nbytes for name in names)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{type(self).__name__}({self._quantization_type()}, device={self.device})"
+
+    def _quantization_type(self) -> str:
+        """Shown by torchao in `extra_repr` of a quantized linear."""
+        parts = [f"shape={tuple(self.shape)}", f"group_size={self.group_size}", f"dtype={self.dtype}"]
+        if self.act_pre_scale is not None:
+            parts.append("act_pre_scale")
+        if self.transposed:
+            parts.append("transposed")
+        return ", ".join(parts)
+
+    def _stable_hash_for_caching(self) -> str:
+        """What torch.compile keys its cache on: everything but the values."""
+        names, attributes = self.__tensor_flatten__()
+        tensors = [(t.shape, t.stride(), t.dtype, t.device) for t in (getattr(self, name) for name in names)]
+        key = (type(self).__qualname__, names, tensors, sorted(attributes.items()))
+        return hashlib.blake2b(repr(key).encode(), digest_size=16).hexdigest()
+
+    def share_memory_(self) -> NoReturn:
+        raise NotImplementedError(
+            f"share_memory_ is not supported by {type(self).__name__}; load the checkpoint in each process instead"
+        )
+
+    def is_shared(self) -> bool:
+        return False
+
+    def _replace(self, **changes: Any) -> Self:
+        """A copy with some constructor arguments changed."""
+        names = self.tensor_data_names + self.tensor_attribute_names
+        names = names + self.optional_tensor_data_names + self.optional_tensor_attribute_names
+        return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
+
+
+def check_groups(name: str, values: Tensor, n: int, k: int, group_size: int) -> None:
+    """Raise ValueError unless there is one of `values`, the scales or zero points, a row and group."""
+    expected = (n, num_groups(k, group_size))
+    if tuple(values.shape) != expected:
+        raise ValueError(
+            f"{name} of a {n} x {k} weight, group_size {group_size}, must be {expected}, got {tuple(values.shape)}"
+        )
+
+
+def checked_group_size(w: Tensor, group_size: int | None) -> int:
+    """The group size with None resolved to K, after checking it and the weight."""
+    if w.dim() != 2 or w.dtype not in _DTYPES:
+        raise ValueError(
+            f"a weight must be (N, K) in bfloat16, float16 or float32, got {w.dtype} of shape {tuple(w.shape)}"
+        )
+    if w.numel() == 0:
+        raise ValueError(f"a weight must have rows and columns, got shape {tuple(w.shape)}")
+    if group_size in (None, -1):
+        return w.shape[1]
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be 32, 64, 128 or None (one scale a row), got {group_size!r}")
+    return group_size
+
+
+def check_finite(w: Tensor, scale: Tensor) -> None:
+    """Raise ValueError where w holds a NaN or an infinity: the scales, from its minima and maxima, carry it."""
+    if not scale.isfinite().all():
+        n, k = w.shape
+        raise ValueError(f"the {n} x {k} weight to quantize holds NaN or infinite values; it must be finite")
+
+
+def checked_pre_scale(act_pre_scale: Tensor | None, w: Tensor) -> Tensor | None:
+    """act_pre_scale in w's dtype and on its device; ValueError if it is not finite there."""
+    if act_pre_scale is None:
+        return None
+    act_pre_scale = act_pre_scale.detach().to(device=w.device, dtype=w.dtype)
+    if not act_pre_scale.isfinite().all():
+        raise ValueError(f"act_pre_scale holds values that are NaN or infinite in {w.dtype}; it must be finite")
+    return act_pre_scale
+
+
+# --- the linear layer -------------------------------------------------------------------------------------------
+
+
+def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
+    return w._linear(x, bias)
+
+
+@PackedWeight.implements(aten.linear.default)
+@PackedWeight.implements_torch_function(torch.nn.functional.linear)
+def _aten_linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        if not isinstance(weight, PackedWeight) or weight.transposed:
+            raise NotImplementedError(
+                f"{func}: only the weight, and not its transpose, can be quantized; call dequantize() first"
+            )
+        return _linear(input, weight, bias)
+
+    return linear(*args, **kwargs)
+
+
+@PackedWeight.implements([aten.mm.default, aten.addmm.default])
+def _mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    *bias, x, w = args
+    if isinstance(x, PackedWeight) or not isinstance(w, PackedWeight) or not w.transposed:
+        raise NotImplementedError(f"{func}: only x @ w.t() is supported for a quantized w; call dequantize() first")
+    if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
+        raise NotImplementedError(f"{func}: alpha and beta must be 1 for {w}; call dequantize() first")
+    if bias and bias[0].shape != (w.shape[1],):
+        return _linear(x, w, None) + bias[0]
+    return _linear(x, w, bias[0] if bias else None)
+
+
+@PackedWeight.implements(aten.embedding.default)
+def _embedding(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    w, index = args[:2]
+    if not isinstance(w, PackedWeight) or w.transposed or w.act_pre_scale is not None:
+        raise NotImplementedError(f"{func}: needs a table that is not transposed and has no act_pre_scale")
+    return w._rows(index.reshape(-1)).view(*index.shape, w.shape[1])
+
+
+# --- copies and conversions -------------------------------------------------------------------------------------
+
+
+@PackedWeight.implements(aten._to_copy.default)
+def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
+    w = args[0]
+    to = w._get_to_kwargs(*args[1:], **kwargs)
+    _check_dtype(w, to["dtype"])
+
+    def convert(t: Tensor) -> Tensor:
+        dtype = to["dtype"] if t.is_floating_point() else t.dtype
+        return t.to(device=to["device"], dtype=dtype, non_blocking=to.get("non_blocking") or False, copy=True)
+
+    return return_and_correct_aliasing(func, args, kwargs, w._apply_fn_to_data(convert))
+
+
+@PackedWeight.implements(aten.copy_.default)
+def _copy_(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
+    dst, src = args[:2]
+    if not isinstance(dst, PackedWeight):
+        return dst.copy_(src.dequantize())
+    if type(src) is not type(dst):
+        name = type(dst).__name__
+        kind = type(src).__name__ if isinstance(src, PackedWeight) else f"plain {src.dtype} tensor"
+        raise ValueError(f"cannot copy a {kind} into {dst}; quantize it first with {name}.from_hp")
+    (names, attributes), (src_names, src_attributes) = dst.__tensor_flatten__(), src.__tensor_flatten__()
+    if names != src_names or attributes != src_attributes:
+        raise ValueError(f"cannot copy {src} into {dst}: shape, group size and act_pre_scale must agree")
+    for name in names:
+        getattr(dst, name).copy_(getattr(src, name))
+    return dst
+
+
+@PackedWeight.implements([aten.empty_like.default, aten.zeros_like.default])
+def _like(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
+    dtype = kwargs.pop("dtype", None) or args[0].dtype
+    _check_dtype(args[0], dtype)
+    kwargs.pop("memory_format", None)
+    return args[0]._apply_fn_to_data(lambda t: func(t, **kwargs, dtype=dtype if t.is_floating_point() else t.dtype))
+
+
+def _check_dtype(w: PackedWeight, dtype: torch.dtype) -> None:
+    if dtype not in _DTYPES:
+        raise ValueError(
+            f"an {type(w).__name__} can be bfloat16, float16 or float32, got {dtype}; call dequantize() first"
+        )
+
+
+@PackedWeight.implements_torch_function(torch.Tensor.contiguous)
+def _contiguous(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any) -> PackedWeight:
+    return args[0]._apply_fn_to_data(lambda t: t.contiguous())
+
+
+for _ops, _handler in packed_shapes.HANDLERS:
+    PackedWeight.implements(_ops)(_handler)
