@@ -12,9 +12,7 @@ and a step costs the largest of what it asks of one SM:
               64 rows of the weight
     L2        bytes of x and of packed weight
 
-Programs that fit on an SM together share these, and hide each other's latency: a step is never shorter than
-_LATENCY. The whole is never shorter than the packed weight takes from memory, and the kernel is taken to reach
-_EFFICIENCY of all that. Splitting K costs one more kernel and the fp32 parts, through L2.
+What becomes of that is devices.py: programs that fit on an SM together share these, and hide each other's latency.
 
 cuBLAS is taken to reach 2/3 of the tensor peak, or the bandwidth that a 16-bit weight needs. Dequantizing moves 2.4
 bytes a weight and starts one more kernel: 10% of the matmul from M = 1,700 rows of x on an H200 (2.4 / bandwidth =
@@ -23,15 +21,16 @@ bytes a weight and starts one more kernel: 10% of the matmul from M = 1,700 rows
 What it says of a H200, bf16, groups of 128, 8192 x 8192, against that ideal cuBLAS: 1.5x at 64 rows of x, 1.0x at
 128, 0.86x from 256 to 1,024 (bound by L2 and shared memory, not arithmetic), then dequantized, 0.88x at 1,536 and
 0.91x at 2,048. Layers with few rows of weight fare worse, down to 0.7x at 256.
-
-Figures that describe a GPU are its maker's, per SM and clock, but for the memory bandwidth of H200, measured, and the
-rate of L2 and of mma.sync on Hopper and later, estimated.
 """
 
 import dataclasses
 import functools
 
 import torch
+
+from mbq_ao.kernels.devices import LAUNCH, ceil_div, device_of, row_bucket
+
+_LATENCY = 800  # cycles of a step that waits for everything in turn
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,60 +78,36 @@ MANY = GemmConfig(block_m=64, max_registers=255)
 MOST = GemmConfig(block_m=128, max_registers=255)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Device:
-    """What one SM does in one clock, and how many there are."""
-
-    num_sms: int
-    memory: float  # bytes
-    l2: float  # bytes
-    mma: int  # flops of mma.sync, 16 bits, accumulated in fp32
-    peak: int  # flops of the fastest tensor instruction
-    shared_memory: int  # bytes, in all
-
-
-_DEVICES = {
-    (8, 0): _Device(num_sms=108, memory=13.1, l2=32, mma=2048, peak=2048, shared_memory=164 << 10),
-    (8, 6): _Device(num_sms=128, memory=3.1, l2=16, mma=512, peak=512, shared_memory=100 << 10),
-    (9, 0): _Device(num_sms=132, memory=16.4, l2=30, mma=2560, peak=4096, shared_memory=227 << 10),
-    (10, 0): _Device(num_sms=148, memory=29, l2=40, mma=2048, peak=8192, shared_memory=227 << 10),
-    (12, 0): _Device(num_sms=170, memory=4.4, l2=16, mma=512, peak=512, shared_memory=100 << 10),
-}
-_LATENCY = 800  # cycles of a step that waits for everything in turn
-_LAUNCH = 4000  # cycles between two kernels
-_EFFICIENCY = 0.75
-
-
 def default_gemm_config(
     num_rows: int, n: int, k: int, group_size: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> GemmConfig:
     """The cut that the model finds fastest for (num_rows, K) x (N, K)^T on a GPU of this compute capability."""
-    return _best(_bucket(num_rows), n, k, group_size, dtype, capability)[0]
+    return _best(row_bucket(num_rows), n, k, group_size, dtype, capability)[0]
 
 
 def fused_serves(
     num_rows: int, n: int, k: int, group_size: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> bool:
     """Whether the fused kernel is faster than dequantizing the weight once and cuBLAS, by the model."""
-    num_rows = _bucket(num_rows)
+    num_rows = row_bucket(num_rows)
     cycles = _best(num_rows, n, k, group_size, dtype, capability)[1]
     return cycles <= dequantize_cycles(n, k, capability) + cublas_cycles(num_rows, n, k, capability)
 
 
 def split_of(config: GemmConfig, k: int) -> tuple[int, int]:
     """Column tiles of a split, and how many splits that makes of K, at most config.splits."""
-    steps = _ceil(k, 128 * config.slices)
-    split_steps = _ceil(steps, config.splits)
-    return split_steps * config.slices, _ceil(steps, split_steps)
+    steps = ceil_div(k, 128 * config.slices)
+    split_steps = ceil_div(steps, config.splits)
+    return split_steps * config.slices, ceil_div(steps, split_steps)
 
 
 def fused_cycles(
     config: GemmConfig, num_rows: int, n: int, k: int, group_size: int, dtype: torch.dtype, capability: tuple[int, int]
 ) -> float:
     """The model's clock cycles of the fused kernel."""
-    device = _device(capability)
+    device = device_of(capability)
     split_tiles, num_splits = split_of(config, k)
-    programs = _ceil(n, config.block_n) * _ceil(num_rows, config.block_m) * num_splits
+    programs = ceil_div(n, config.block_n) * ceil_div(num_rows, config.block_m) * num_splits
     columns = 128 * config.slices
     own_instruction = device.peak > device.mma and config.slices == 1  # wgmma, not mma.sync
 
@@ -150,32 +125,30 @@ def fused_cycles(
         (x_bytes + word_bytes) / device.l2,
     )
     stages = max(1, config.num_stages - 1)
-    resident = min(
-        device.shared_memory // (stages * (x_bytes + word_bytes) + (1 << 14)),
-        65536 // (32 * config.num_warps * _REGISTERS[config.block_m]),
+    return device.kernel_cycles(
+        programs=programs,
+        steps=split_tiles // config.slices,
+        step=step,
+        latency=_LATENCY,
+        shared_memory=stages * (x_bytes + word_bytes) + (1 << 14),
+        registers=32 * config.num_warps * _REGISTERS[config.block_m],
+        bytes_read=0.4 * n * k,
+        split_outputs=num_splits * num_rows * n if num_splits > 1 else 0,
     )
-    per_sm = _ceil(programs, device.num_sms)
-    rounds = _ceil(per_sm, max(1, resident))
-    cycles = split_tiles // config.slices * max(per_sm * step, rounds * _LATENCY)
-    memory = 0.4 * n * k / (device.memory * device.num_sms)
-    total = _LAUNCH + max(cycles, memory) / _EFFICIENCY
-    if num_splits > 1:  # parts stay in L2
-        total += _LAUNCH + 8 * num_splits * num_rows * n / (device.l2 * device.num_sms)
-    return total
 
 
 def cublas_cycles(num_rows: int, n: int, k: int, capability: tuple[int, int]) -> float:
     """The model's clock cycles of the matmul with a 16-bit weight."""
-    device = _device(capability)
+    device = device_of(capability)
     compute = 2 * num_rows * n * k / (device.num_sms * device.peak * 2 / 3)
     memory = 2 * (n * k + num_rows * (n + k)) / (device.memory * device.num_sms)
-    return _LAUNCH + max(compute, memory)
+    return LAUNCH + max(compute, memory)
 
 
 def dequantize_cycles(n: int, k: int, capability: tuple[int, int]) -> float:
     """The model's clock cycles of writing the 16-bit weight."""
-    device = _device(capability)
-    return _LAUNCH + 2.4 * n * k / (device.memory * device.num_sms)
+    device = device_of(capability)
+    return LAUNCH + 2.4 * n * k / (device.memory * device.num_sms)
 
 
 @functools.lru_cache(4096)
@@ -189,7 +162,7 @@ def _best(
 
 def cuts(capability: tuple[int, int]) -> tuple[GemmConfig, ...]:
     """The cuts to choose from, few rows of x to most; none spills."""
-    device = _device(capability)
+    device = device_of(capability)
     if device.peak > device.mma:  # asynchronous dot products, with a wait after each
         return FEW, SOME, dataclasses.replace(MANY, block_k=64, max_registers=None), MOST
     # MOST has no registers left for the scales of four groups a tile, and does not save anything here.
@@ -204,18 +177,3 @@ def _instructions(config: GemmConfig, group_size: int, dtype: torch.dtype, own_i
     count = 370 + 0.5 * config.block_m if own_instruction else 330 + 3 * config.block_m
     count += 50 if dtype == torch.float16 else 0
     return count + {32: 70, 64: 30}.get(group_size, 0)
-
-
-def _bucket(num_rows: int) -> int:
-    """num_rows rounded up to three significant bits and a multiple of 16: a choice for each is remembered."""
-    unit = max(16, 1 << max(0, num_rows.bit_length() - 3))
-    return _ceil(num_rows, unit) * unit
-
-
-def _device(capability: tuple[int, int]) -> _Device:
-    """The newest known GPU that is not newer than this one."""
-    return _DEVICES[max((c for c in _DEVICES if c <= capability), default=(8, 0))]
-
-
-def _ceil(a: int, b: int) -> int:
-    return -(-a // b)

@@ -25,7 +25,7 @@ scale of another dtype than x's is multiplied in fp32. With the unpacking 1.9 in
 in fp16.
 
 SLICES > 1: a program has one row tile, and its warps take one column tile each; Triton then uses mma.sync.
-Splits: K in parts for programs of their own, which store fp32; `_sum_splits_kernel` adds them in order, so that
+Splits: K in parts for programs of their own, which store fp32; `sum_splits` adds them in order, so that
 results repeat. A fixed M is nowhere compiled in; what is chosen by M is gemm_config.py.
 
 Rejected: loading x to registers a step ahead and permuting from there, one pass through shared memory less, but 255
@@ -40,6 +40,7 @@ from torch import Tensor
 from mbq_ao.kernels.fragments import unpack
 from mbq_ao.kernels.gemm_config import GemmConfig, default_gemm_config, split_of
 from mbq_ao.kernels.launch import capability_of, empty_output, interpreted, linear_arguments, on_device
+from mbq_ao.kernels.sums import sum_slices, sum_splits
 
 
 @triton.jit
@@ -229,7 +230,7 @@ def _gemm_kernel(
                 acc = _dot(_side_by_side(p0, p2), _x_operand(x, offsets, k0, K, EVEN_K), acc, INTERPRETED)
 
     if SLICES > 1:
-        acc = _sum_slices(acc)
+        acc = sum_slices(acc)
     # Rows of the accumulator are (block, tile, row of the block).
     out = acc.reshape(2, TILES, 16, BLOCK_M).permute(3, 1, 0, 2).reshape(BLOCK_M, BLOCK_N)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -239,17 +240,6 @@ def _gemm_kernel(
     m = m0 + tl.arange(0, BLOCK_M)
     mask = (m < M)[:, None] & (n < N)[None, :]
     tl.store(y + m.to(tl.int64)[:, None] * N + n[None, :], out.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _sum_slices(v):
-    """The sum over dimension 0, as a tree; `tl.sum` exchanges one register of every warp at a time."""
-    LEVELS: tl.constexpr = 3 if v.shape[0] == 8 else 2 if v.shape[0] == 4 else 1
-    v = v.permute(1, 2, 0)
-    for _ in tl.static_range(LEVELS):
-        u, w = tl.split(v.reshape(v.shape[0], v.shape[1], v.shape[2] // 2, 2))
-        v = u + w
-    return v.reshape(v.shape[0], v.shape[1])
 
 
 @triton.jit
@@ -267,21 +257,6 @@ def _by_pair(v, GROUPS: tl.constexpr):
             v0, v2 = tl.split(even)
             v1, v3 = tl.split(odd)
             return v0, v1, v2, v3
-
-
-@triton.jit(do_not_specialize=["count", "num_splits"])
-def _sum_splits_kernel(parts, bias, y, count, N, num_splits, BLOCK: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """y = the sum of num_splits matrices of `count` elements, in their order, + bias."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
-    total = tl.zeros([BLOCK], tl.float32)
-    parts += at
-    for _ in range(num_splits):
-        total += tl.load(parts, mask=mask, other=0.0)
-        parts += count
-    if HAS_BIAS:
-        total += tl.load(bias + at % N, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=mask)
 
 
 def int3_gemm_triton(
@@ -339,15 +314,5 @@ def int3_gemm_triton(
             enable_fp_fusion=True,
         )
         if split:
-            _sum_splits_kernel[(triton.cdiv(num_rows * n, 1024),)](
-                parts,
-                parts if bias is None else some_bias,
-                y,
-                num_rows * n,
-                n,
-                num_splits,
-                BLOCK=1024,
-                HAS_BIAS=bias is not None,
-                num_warps=4,
-            )
+            sum_splits(parts, num_splits, bias, y)
     return y.to(x.dtype).view(*x.shape[:-1], n)
