@@ -28,11 +28,11 @@ from triton.compiler import ASTSource
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[1]), str(pathlib.Path(__file__).resolve().parent)]
 from sass_report import ARCHS, BYTES_PER_CLOCK, disassemble, parse  # noqa: E402
 
-from mbq_ao.kernels.w4a8_config import CUTS, W4A8Config, cuts_for  # noqa: E402
+from mbq_ao.kernels.w4a8_config import FEW, FEW_SMALL, MANY, MOST, SOME, W4A8Config, cuts_for  # noqa: E402
 from mbq_ao.kernels.w4a8_gemm import _quantize_kernel, _w4a8_kernel  # noqa: E402
 
 TENSOR = ("IMMA", "IGMMA", "UTCIMMA")
-QUICK = [(cut, 0) for cut in CUTS] + [(cuts_for(128)[0], 128), (cuts_for(32)[4], 32), (cuts_for(128)[6], 128)]
+QUICK = [*((cut, 0) for cut in (FEW_SMALL, FEW, SOME, MANY, MOST)), (cuts_for(128)[0], 128), (cuts_for(32)[4], 32)]
 
 
 def compile_w4a8(config: W4A8Config, group: int, arch: int) -> triton.compiler.CompiledKernel:

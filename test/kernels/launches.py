@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mbq_ao.kernels.int4_layout import pack_int4
 from mbq_ao.kernels.launch import interpreted
 from mbq_ao.kernels.layout import pack_int3
 
@@ -20,27 +21,44 @@ needs_kernels = pytest.mark.skipif(
 
 def problem(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, outliers: bool = False) -> list:
     """Arguments of int3_linear with bias, quantized at random (no need for the weight they came from)."""
-    gen = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
-    g = k if group_size is None else group_size
-    groups = -(-k // g)
-    x = torch.randn(m, k, generator=gen)
-    if outliers:  # as language models have them: a few channels, hundreds of times larger, in every row
-        x[:, torch.randperm(k, generator=gen)[: max(1, k // 100)]] *= 300
+    gen, x, scale, bias, g = _layer(m, n, k, group_size, outliers)
     q = torch.randint(0, 8, (n, k), dtype=torch.uint8, generator=gen)
-    scale = torch.rand(n, groups, generator=gen) * 0.02 + 0.001
-    zero_point = torch.randint(0, 8, (n, groups), dtype=torch.uint8, generator=gen)
-    bias = torch.randn(n, generator=gen)
+    zero_point = torch.randint(0, 8, scale.shape, dtype=torch.uint8, generator=gen)
     tensors = [x.to(dtype), pack_int3(q), scale.to(dtype), zero_point, bias.to(dtype)]
     return [t.to(DEVICE) for t in tensors] + [g]
 
 
+def w4a8_problem(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype) -> list:
+    """Arguments of w4a8_linear with bias and act_pre_scale; among the tokens one of zeros and one with an outlier."""
+    gen, x, scale, bias, g = _layer(m, n, k, group_size, outliers=False)
+    q = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=gen)
+    pre_scale = torch.rand(k, generator=gen) + 0.5
+    x[1::7] = 0
+    x[2::7, k // 2] = 3000
+    tensors = [x.to(dtype), pack_int4(q), scale.to(dtype), bias.to(dtype), pre_scale.to(dtype)]
+    return [t.to(DEVICE) for t in tensors] + [g]
+
+
+def _layer(
+    m: int, n: int, k: int, group_size: int | None, outliers: bool
+) -> tuple[torch.Generator, Tensor, Tensor, Tensor, int]:
+    gen = torch.Generator().manual_seed(m * 7919 + n * 31 + k)
+    g = k if group_size is None else group_size
+    x = torch.randn(m, k, generator=gen)
+    if outliers:  # as language models have them: a few channels, hundreds of times larger, in every row
+        x[:, torch.randperm(k, generator=gen)[: max(1, k // 100)]] *= 300
+    scale = torch.rand(n, -(-k // g), generator=gen) * 0.02 + 0.001
+    return gen, x, scale, torch.randn(n, generator=gen), g
+
+
 @contextlib.contextmanager
 def guarded_outputs(count: int) -> Iterator[None]:
-    """`count` calls of torch.empty give NaN, and nothing is written to the memory of a row before and one after."""
+    """`count` calls of torch.empty give NaN (99 in integers), and nothing is written a row before and one after."""
     real_empty, seen = torch.empty, []
 
     def poisoned(shape: tuple[int, ...], **kwargs) -> Tensor:
-        whole = real_empty((shape[0] + 2, *shape[1:]), **kwargs).fill_(float("nan"))
+        whole = real_empty((shape[0] + 2, *shape[1:]), **kwargs)
+        whole.fill_(float("nan") if whole.is_floating_point() else 99)
         seen.append(whole)
         return whole[1:-1]
 
@@ -49,5 +67,5 @@ def guarded_outputs(count: int) -> Iterator[None]:
         yield
     assert len(seen) == count
     for whole in seen:
-        assert whole[0].isnan().all()
-        assert whole[-1].isnan().all()
+        edges = whole[[0, -1]]
+        assert (edges.isnan() if whole.is_floating_point() else edges == 99).all()
