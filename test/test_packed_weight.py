@@ -151,8 +151,8 @@ class TestLinear:
     def test_embedding(self, kind: Kind) -> None:
         table = nn.Embedding(50, 100)
         table.weight = nn.Parameter(kind.from_hp(table.weight.detach(), 32), requires_grad=False)
-        index = torch.tensor([[0, 49, 17], [31, 32, 0]])
-        assert_same(table(index), table.weight.dequantize()[index])
+        for index in (torch.tensor([[0, 49, 17], [31, 32, 0]]), torch.tensor(3), torch.zeros(0, 2, dtype=torch.long)):
+            assert_same(table(index), table.weight.dequantize()[index])
         for outside in (50, -1):
             with pytest.raises(IndexError, match="out of range"):
                 table(torch.tensor([outside]))
