@@ -34,6 +34,7 @@ def fuse_linears_(model: nn.Module) -> list[list[str]]:
 
     Siblings: neighbours in one parent module with the same in_features, group size, dtype and device, each but the
     last with a multiple of 32 rows. Values, shapes and results do not change; the parameters are new objects.
+    Every other linear, plain or W4A8, is left as it is.
     Returns the names of the linears laid together, a list a group; empty if there is nothing to do.
     `unfuse_linears_` undoes it; do that before saving a checkpoint, as file formats may not like shared storage.
     """

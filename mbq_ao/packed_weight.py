@@ -241,9 +241,10 @@ def _copy_(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     if not isinstance(dst, PackedWeight):
         return dst.copy_(src.dequantize())
     if type(src) is not type(dst):
-        name = type(dst).__name__
-        kind = type(src).__name__ if isinstance(src, PackedWeight) else f"plain {src.dtype} tensor"
-        raise ValueError(f"cannot copy a {kind} into {dst}; quantize it first with {name}.from_hp")
+        packed = isinstance(src, PackedWeight)
+        kind = f"an {type(src).__name__}" if packed else f"a plain {src.dtype} tensor"
+        it = "its dequantize()" if packed else "it"
+        raise ValueError(f"cannot copy {kind} into {dst}; quantize {it} first with {type(dst).__name__}.from_hp")
     (names, attributes), (src_names, src_attributes) = dst.__tensor_flatten__(), src.__tensor_flatten__()
     if names != src_names or attributes != src_attributes:
         raise ValueError(f"cannot copy {src} into {dst}: shape, group size and act_pre_scale must agree")

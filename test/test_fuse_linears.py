@@ -11,7 +11,15 @@ from models import build_batch, build_model, model_inputs
 from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
-from mbq_ao import Int3WeightOnlyConfig, MBQInt3Tensor, compile_options, fuse_linears_, quantize_, unfuse_linears_
+from mbq_ao import (
+    Int3WeightOnlyConfig,
+    Int8DynamicActivationInt4WeightMBQConfig,
+    MBQInt3Tensor,
+    compile_options,
+    fuse_linears_,
+    quantize_,
+    unfuse_linears_,
+)
 
 K = 64
 
@@ -147,6 +155,31 @@ def test_what_is_not_laid_together() -> None:
     assert fused(linear(), linear(bias=True)) == []
     assert fused(linear(), linear(dtype=torch.bfloat16)) == []
     assert fused(nn.Linear(K, 32), nn.Linear(K, 32)) == []
+
+
+def test_w4a8_is_left_as_it_is() -> None:
+    w4a8 = Int8DynamicActivationInt4WeightMBQConfig(group_size=32)
+    model = nn.Sequential(*(nn.Linear(K, 32) for _ in range(5)))
+    quantize_(model, w4a8, filter_fn=lambda module, name: name in ("0", "1", "3"))
+    quantize_(model, Int3WeightOnlyConfig(group_size=32), filter_fn=lambda module, name: name in ("2", "4"))
+    before = {name: id(p) for name, p in model.named_parameters()}
+    assert fuse_linears_(model) == []  # one of W4A8 lies between those that could be
+    assert {name: id(p) for name, p in model.named_parameters()} == before
+    unfuse_linears_(model)
+    assert id(model[0].weight) == before["0.weight"] and id(model[0].bias) == before["0.bias"]
+
+
+def test_calls_of_w4a8_stay_as_they_are() -> None:
+    model = Readers()
+    for name in ("a", "b"):
+        layer = nn.Linear(K, 32)
+        quantize_(layer, Int8DynamicActivationInt4WeightMBQConfig())
+        setattr(model, name, layer)
+    x = torch.randn(3, K)
+    results, calls = counted(model, x)
+    assert calls == {"int3_linear_group": 0, "int3_linear": 2}
+    for ours, theirs in zip(results, model(x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_a_model_of_many_layers() -> None:

@@ -86,10 +86,11 @@ def test_import_without_triton() -> None:
     done = run_python(
         "import sys; sys.modules['triton'] = None\n"
         "import torch, mbq_ao\n"
-        "w = mbq_ao.MBQInt3Tensor.from_hp(torch.randn(8, 64), 64)\n"
-        "print(tuple(torch.nn.functional.linear(torch.randn(2, 64), w).shape))"
+        "for kind in (mbq_ao.MBQInt3Tensor, mbq_ao.MBQW4A8Tensor):\n"
+        "    w = kind.from_hp(torch.randn(8, 64), 64)\n"
+        "    print(tuple(torch.nn.functional.linear(torch.randn(2, 64), w).shape))"
     )
-    assert (done.returncode, done.stdout) == (0, "(2, 8)\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "(2, 8)\n(2, 8)\n"), done.stderr
 
 
 def test_import_takes_under_a_second_beyond_torch_and_torchao() -> None:

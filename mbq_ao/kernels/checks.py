@@ -8,11 +8,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def check_input(x: Tensor) -> None:
-    if x.dim() == 0 or x.dtype not in _DTYPES:
+    if x.dim() == 0 or x.dtype not in DTYPES:
         raise ValueError(
             f"x must be (..., K) in float32, float16 or bfloat16, got {x.dtype} of shape {tuple(x.shape)}; cast it"
         )
@@ -24,7 +24,7 @@ def check_scale(scale: Tensor, k: int, group_size: int) -> None:
             "group_size must be 32, 64, a multiple of 128, or at least K for one scale a row, "
             f"got {group_size} for K={k}"
         )
-    if scale.dim() != 2 or scale.shape[1] != -(-k // group_size) or scale.dtype not in _DTYPES:
+    if scale.dim() != 2 or scale.shape[1] != -(-k // group_size) or scale.dtype not in DTYPES:
         raise ValueError(
             f"scale must be (N, ceil(K / group_size)) in float32, float16 or bfloat16, got {scale.dtype} of shape "
             f"{tuple(scale.shape)} for K={k}, group_size={group_size}; K is the last dimension of x"
@@ -41,7 +41,7 @@ def check_one_device(tensors: Mapping[str, Tensor]) -> None:
 
 
 def check_bias_and_devices(x: Tensor, qdata: Tensor, bias: Tensor | None, n: int) -> None:
-    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype not in _DTYPES):
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype not in DTYPES):
         raise ValueError(f"bias must be ({n},) and floating point, got {bias.dtype} of shape {tuple(bias.shape)}")
     devices = {t.device for t in (x, qdata, bias) if t is not None}
     if len(devices) > 1:

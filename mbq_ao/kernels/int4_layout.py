@@ -63,12 +63,12 @@ def unpack_int4(qdata: Tensor, n: int, k: int) -> Tensor:
 
 def unpack_int4_rows(qdata: Tensor, rows: Tensor, k: int) -> Tensor:
     """Rows `rows` (R,) of the unpacked matrix, (R, k) int8, without unpacking the others."""
-    tiles = qdata.view(*qdata.shape[:2], 8, 4, 2, 2, 4)  # row tile, column tile, g, t, hi, up, i
+    tiles = qdata.reshape(*qdata.shape[:2], 8, 4, 2, 2, 4)  # row tile, column tile, g, t, hi, up, i
     row = rows % TILE_N
     picked = tiles[rows // TILE_N, :, row % 8, :, :, row // 8]  # R, column tile, t, hi, i
     low, high = _nibbles(picked)
     q = torch.stack([low, high], 2).transpose(3, 4)  # R, column tile, high, hi, t, i
-    return q.reshape(rows.numel(), -1)[:, :k]
+    return q.flatten(1)[:, :k]
 
 
 def check_int4_qdata(qdata: Tensor, n: int, k: int) -> None:

@@ -16,6 +16,7 @@ from mbq_ao.kernels.int4_layout import unpack_int4
 from mbq_ao.kernels.layout import unpack_int3
 
 _MIN_ABSMAX = 1e-5  # of a token, or of a group of weights: zeros keep a usable scale
+_MAX = torch.finfo(torch.float32).max
 
 
 def dequantize_groups(
@@ -70,11 +71,13 @@ def quantize_tokens(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Ten
     """Per-token symmetric int8: x (..., K) -> (int8 (..., K), fp32 (..., 1) scale d), computed in fp32.
 
     A token of zeros has zeros and a positive scale. One that holds a NaN or an infinity has zeros and that, or an
-    infinity, as its scale: NaN in its row of a matmul, and nowhere else.
+    infinity, as its scale: NaN in its row of a matmul, and nowhere else. Where x * act_pre_scale is beyond fp32, the
+    largest number of fp32 stands in for it.
     """
     x = x.to(torch.float32)
     if act_pre_scale is not None:
-        x = x * act_pre_scale.to(torch.float32)
+        products = (x * act_pre_scale.to(torch.float32)).clamp_(-_MAX, _MAX)
+        x = torch.where(x.isfinite(), products, x)
     d = x.abs().amax(-1, keepdim=True).clamp(min=_MIN_ABSMAX) / 127 if x.shape[-1] else x.new_ones((*x.shape[:-1], 1))
     # The division of a finite number by an infinite scale is 0, and of an infinite one is to be so, too.
     return (x / d).round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int8), d

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbq_ao.kernels.checks import check_bias_and_devices, check_input, check_one_device, check_scale, has_kernels
+from mbq_ao.kernels.checks import (
+    DTYPES,
+    check_bias_and_devices,
+    check_input,
+    check_one_device,
+    check_scale,
+    has_kernels,
+)
 from mbq_ao.kernels.int4_layout import check_int4_qdata
 from mbq_ao.kernels.reference import int4_dequantize_reference
 from mbq_ao.kernels.w4a8_cpu import w4a8_linear_cpu
@@ -95,9 +102,9 @@ def _check_linear(
     k = x.shape[-1]
     _check_weight(qdata, scale, k, group_size)
     if act_pre_scale is not None:
-        if tuple(act_pre_scale.shape) != (k,) or not act_pre_scale.is_floating_point():
+        if tuple(act_pre_scale.shape) != (k,) or act_pre_scale.dtype not in DTYPES:
             raise ValueError(
-                f"act_pre_scale must be ({k},) and floating point, got {act_pre_scale.dtype} of shape "
+                f"act_pre_scale must be ({k},) in float32, float16 or bfloat16, got {act_pre_scale.dtype} of shape "
                 f"{tuple(act_pre_scale.shape)}"
             )
         check_one_device({"qdata": qdata, "act_pre_scale": act_pre_scale})
