@@ -12,7 +12,7 @@ demo = [
 ]
 evaluation = ["lm-eval>=0.4.9", "datasets"]
 docs = ["jupytext", "nbmake", "ipykernel"]
-dev = ["pytest", "pytest-timeout", "expecttest", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "triton"]
+dev = ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "triton"]
 
 setup(
     name="mbq_ao",

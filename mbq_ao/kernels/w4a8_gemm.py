@@ -43,20 +43,19 @@ def _quantize_kernel(
     x += m * stride_xm
     xq += m * stride_qm
     k = tl.arange(0, BLOCK)
-    v = _scaled(x, pre_scale, k, K, HAS_PRE)
-    # As integers, magnitudes have the order of the numbers, and infinity and NaN, which `max` would lose, come last.
-    top = tl.max(v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
+    v, magnitude = _scaled(x, pre_scale, k, K, HAS_PRE)
+    top = tl.max(magnitude, 0)
     if not ONE_PASS:
         for start in range(BLOCK, K, BLOCK):
-            more = _scaled(x, pre_scale, start + k, K, HAS_PRE)
-            top = tl.maximum(top, tl.max(more.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0))
+            _, magnitude = _scaled(x, pre_scale, start + k, K, HAS_PRE)
+            top = tl.maximum(top, tl.max(magnitude, 0))
     scale = tl.div_rn(tl.maximum(top, 0x3727C5AC).to(tl.float32, bitcast=True), 127.0)  # at least 1e-5 / 127
     tl.store(d + m, scale)
     if top < 0x7F800000:  # finite
         tl.store(xq + k, _rounded(v, scale, INTERPRETED), mask=k < stride_qm)
         if not ONE_PASS:
             for start in range(BLOCK, stride_qm, BLOCK):
-                v = _scaled(x, pre_scale, start + k, K, HAS_PRE)
+                v, _ = _scaled(x, pre_scale, start + k, K, HAS_PRE)
                 tl.store(xq + start + k, _rounded(v, scale, INTERPRETED), mask=start + k < stride_qm)
     else:
         for start in range(0, stride_qm, BLOCK):
@@ -65,10 +64,19 @@ def _quantize_kernel(
 
 @triton.jit
 def _scaled(x, pre_scale, k, K, HAS_PRE: tl.constexpr):
+    """x * pre_scale in fp32, and its magnitude as an integer.
+
+    As integers, magnitudes have the order of the numbers, and infinity and NaN, which `max` would lose, come last.
+    """
     v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if HAS_PRE:
+        finite = magnitude < 0x7F800000
+        LARGEST: tl.constexpr = 3.4028234663852886e38  # stands in for a product beyond it
         v *= tl.load(pre_scale + k, mask=k < K, other=0.0).to(tl.float32)
-    return v
+        v = tl.minimum(tl.maximum(v, -LARGEST), LARGEST)
+        magnitude = tl.where(finite, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, magnitude)
+    return v, magnitude
 
 
 @triton.jit
