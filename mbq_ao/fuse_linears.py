@@ -1,6 +1,7 @@
 """One launch for linears that read the same input: q, k, v, or gate and up.
 
-Decoding a token of a 7B model is about 200 small matrix products of a few microseconds each, so launches count.
+Decoding a token of a 7B model is about 200 small matrix products of a few microseconds each, so launches count; and
+with W4A8 an input is quantized once for all of its readers.
 
     fuse_linears_(model)                                          the weights of neighbours lie in one piece of memory
     compiled = torch.compile(model, options=compile_options())    calls on the same input become one
@@ -23,18 +24,23 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from mbq_ao.int3_tensor import MBQInt3Tensor
-from mbq_ao.kernels.layout import TILE_N
+from mbq_ao.kernels import ops, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
+from mbq_ao.packed_weight import PackedWeight
 
-_DATA = ("qdata", "scale", "zero_point")
+# A linear's op: (x, data of the weight, bias, ...), how many tensors the data are, and the op of several linears, which
+# takes lists for these and for the bias.
+_GROUP_OPS = {
+    torch.ops.mbq_ao.int3_linear.default: (3, torch.ops.mbq_ao.int3_linear_group.default),
+    torch.ops.mbq_ao.w4a8_linear.default: (2, torch.ops.mbq_ao.w4a8_linear_group.default),
+}
 
 
 def fuse_linears_(model: nn.Module) -> list[list[str]]:
-    """Lay the 3-bit weights (and biases) of sibling linears of equal width together, in place.
+    """Lay the quantized weights (and biases) of sibling linears of equal width together, in place.
 
-    Siblings: neighbours in one parent module with the same in_features, group size, dtype and device, each but the
-    last with a multiple of 32 rows. Values, shapes and results do not change; the parameters are new objects.
-    Every other linear, plain or W4A8, is left as it is.
+    Siblings: neighbours in one parent module with the same type of weight, in_features, group size, dtype and device,
+    each but the last with whole tiles of rows (32 of MBQInt3Tensor, 16 of MBQW4A8Tensor). Values, shapes and results
+    do not change; the parameters are new objects. Every other linear is left as it is.
     Returns the names of the linears laid together, a list a group; empty if there is nothing to do.
     `unfuse_linears_` undoes it; do that before saving a checkpoint, as file formats may not like shared storage.
     """
@@ -46,7 +52,9 @@ def fuse_linears_(model: nn.Module) -> list[list[str]]:
     new: list[tuple[nn.Module, str, nn.Parameter]] = []
     for group in groups:
         linears = [linear for _, linear in group]
-        joined = {name: torch.cat([getattr(m.weight, name) for m in linears]) for name in _DATA}
+        joined = {
+            name: torch.cat([getattr(m.weight, name) for m in linears]) for name in linears[0].weight.tensor_data_names
+        }
         bias = torch.cat([m.bias.detach() for m in linears]) if linears[0].bias is not None else None
         for i, linear in enumerate(linears):
             parts = {n: t.split([getattr(m.weight, n).shape[0] for m in linears])[i] for n, t in joined.items()}
@@ -61,7 +69,7 @@ def fuse_linears_(model: nn.Module) -> list[list[str]]:
 
 
 def unfuse_linears_(model: nn.Module) -> None:
-    """Give every 3-bit weight, and its linear's bias, memory of its own again, in place."""
+    """Give every quantized weight, and its linear's bias, memory of its own again, in place."""
     for linear in model.modules():
         if _is_candidate(linear):
             weight = linear.weight._apply_fn_to_data(torch.clone)
@@ -81,15 +89,17 @@ def compile_options(mode: str | None = None) -> dict[str, Any]:
 
 
 class MergeLinears(CustomGraphPass):
-    """Inductor pass: the int3_linear calls on one input become one int3_linear_group and a slice each."""
+    """Inductor pass: the linear ops on one input become one op of the group and a slice each."""
 
     def __call__(self, graph: fx.Graph) -> None:
         order = {node: i for i, node in enumerate(graph.nodes)}
         calls: dict[tuple[Any, ...], list[fx.Node]] = {}
-        for node in graph.find_nodes(op="call_function", target=torch.ops.mbq_ao.int3_linear.default):
-            x, _, scale, _, bias, group_size = node.args
-            key = (x, group_size, scale.meta["val"].dtype, bias is None)
-            calls.setdefault(key, []).append(node)
+        for op, (num_data, _) in _GROUP_OPS.items():
+            for node in graph.find_nodes(op="call_function", target=op):
+                x, _, scale, *_ = node.args
+                bias, *shared = node.args[num_data + 1 :]
+                key = (op, x, scale.meta["val"].dtype, bias is None, *shared)
+                calls.setdefault(key, []).append(node)
         for nodes in calls.values():
             # All weights must be there at the first call: parameters are, computed weights may not be.
             nodes = [n for n in nodes if all(order[a] < order[nodes[0]] for a in n.all_input_nodes)]
@@ -101,8 +111,10 @@ class MergeLinears(CustomGraphPass):
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
-    x, group_size = nodes[0].args[0], nodes[0].args[5]
-    qdata, scale, zero_point, bias = ([node.args[i] for node in nodes] for i in (1, 2, 3, 4))
+    num_data, group_op = _GROUP_OPS[nodes[0].target]
+    x, *_ = nodes[0].args
+    *data, bias = ([node.args[i] for node in nodes] for i in range(1, num_data + 2))
+    shared = nodes[0].args[num_data + 2 :]
     biases = [] if bias[0] is None else bias
 
     def emit(target: Any, *args: Any) -> fx.Node:
@@ -111,7 +123,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
         return node
 
     with graph.inserting_before(nodes[0]):
-        joined = emit(torch.ops.mbq_ao.int3_linear_group.default, x, qdata, scale, zero_point, biases, group_size)
+        joined = emit(group_op, x, *data, biases, *shared)
         start = 0
         for node in nodes:
             end = start + node.meta["val"].shape[-1]
@@ -130,7 +142,7 @@ def neighbours(parent: nn.Module) -> Iterator[list[tuple[str, nn.Linear]]]:
         run: list[tuple[str, nn.Linear]] = []
         for name, linear in children if candidate is not None else ():
             run.append((name, linear))
-            if linear.out_features % TILE_N:  # the next would begin within a tile
+            if linear.out_features % linear.weight.TILE_N:  # the next would begin within a tile
                 if len(run) > 1:
                     yield run
                 run = []
@@ -139,13 +151,13 @@ def neighbours(parent: nn.Module) -> Iterator[list[tuple[str, nn.Linear]]]:
 
 
 def _key(module: nn.Module) -> tuple[Any, ...] | None:
-    """What neighbours must have in common; None for what is not a linear with a 3-bit weight."""
+    """What neighbours must have in common; None for what is not a linear with a quantized weight."""
     if not _is_candidate(module):
         return None
     weight, bias = module.weight, module.bias
     of_bias = None if bias is None else (bias.dtype, bias.requires_grad)
-    return (weight.shape[1], tuple(weight.block_size), weight.dtype, weight.device, of_bias)
+    return (type(weight), weight.shape[1], tuple(weight.block_size), weight.dtype, weight.device, of_bias)
 
 
 def _is_candidate(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) and isinstance(module.weight, MBQInt3Tensor) and not module.weight.transposed
+    return isinstance(module, nn.Linear) and isinstance(module.weight, PackedWeight) and not module.weight.transposed

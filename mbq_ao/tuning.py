@@ -114,7 +114,8 @@ def _joined_sizes(model: nn.Module) -> Iterator[tuple[int, int, MBQInt3Tensor]]:
     for parent in model.modules():
         for run in neighbours(parent):
             weights = [linear.weight for _, linear in run]
-            if len({w.qdata.untyped_storage().data_ptr() for w in weights}) == 1:
+            together = len({w.qdata.untyped_storage().data_ptr() for w in weights}) == 1
+            if together and isinstance(weights[0], MBQInt3Tensor):
                 for end in range(2, len(weights) + 1):
                     yield sum(w.shape[0] for w in weights[:end]), weights[0].shape[1], weights[0]
 

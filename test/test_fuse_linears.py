@@ -22,17 +22,22 @@ from mbq_ao import (
 )
 
 K = 64
+CONFIGS = {
+    "int3": Int3WeightOnlyConfig(group_size=32),
+    "w4a8": Int8DynamicActivationInt4WeightMBQConfig(group_size=32),
+}
+KINDS = pytest.mark.parametrize("kind", list(CONFIGS))
 
 
 class Readers(nn.Module):
     """Linears of one input, one of another, with and without a bias."""
 
-    def __init__(self, sizes: tuple[int, ...] = (96, 32, 40), bias: bool = False, dtype: torch.dtype = torch.float32):
+    def __init__(self, sizes: tuple[int, ...] = (96, 32, 40), bias: bool = False, kind: str = "int3"):
         super().__init__()
         torch.manual_seed(0)
         self.a, self.b, self.c = (nn.Linear(K, n, bias) for n in sizes)
         self.after = nn.Linear(K, K, bias)
-        quantize_(self.to(dtype), Int3WeightOnlyConfig(group_size=32))
+        quantize_(self, CONFIGS[kind])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.a(x), self.b(x), self.c(x), self.after(x.sigmoid())
@@ -51,14 +56,15 @@ def counted(model: nn.Module, x: Tensor) -> tuple[Any, Counter[str]]:
     compiled = torch.compile(model, options=compile_options(), fullgraph=True)
     with torch.no_grad():
         result, (code, *_) = run_and_get_code(compiled, x)
-    names = ("int3_linear.default(", "int3_linear_group.default(")
-    return result, Counter({name[:-9]: code.count(f"torch.ops.mbq_ao.{name}") for name in names})
+    names = [f"{kind}_linear{group}" for kind in CONFIGS for group in ("", "_group")]
+    return result, Counter({name: n for name in names if (n := code.count(f"torch.ops.mbq_ao.{name}.default("))})
 
 
 @torch.no_grad()
+@KINDS
 @pytest.mark.parametrize("bias", [False, True])
-def test_laid_together_and_taken_apart(bias: bool) -> None:
-    model = Readers(bias=bias)
+def test_laid_together_and_taken_apart(bias: bool, kind: str) -> None:
+    model = Readers(bias=bias, kind=kind)
     x = torch.randn(3, K)
     expected, before = model(x), storages(model)
     assert fuse_linears_(model) == [["a", "b", "c"]]  # c's 40 rows end within a tile, so `after` lies alone
@@ -75,35 +81,40 @@ def test_laid_together_and_taken_apart(bias: bool) -> None:
         assert torch.equal(ours, theirs)
 
 
+@KINDS
 @pytest.mark.parametrize("rows", [1, 5])
 @pytest.mark.parametrize("bias", [False, True])
-def test_calls_on_one_input_become_one(bias: bool, rows: int) -> None:
-    model, x = Readers(bias=bias), torch.randn(rows, K)
+def test_calls_on_one_input_become_one(bias: bool, rows: int, kind: str) -> None:
+    model, x = Readers(bias=bias, kind=kind), torch.randn(rows, K)
     expected = model(x)
     fuse_linears_(model)
     results, calls = counted(model, x)
-    assert calls == {"int3_linear_group": 1, "int3_linear": 1}
+    assert calls == {f"{kind}_linear_group": 1, f"{kind}_linear": 1}
     for ours, theirs in zip(results, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
         assert ours.is_contiguous() and ours.shape == theirs.shape
 
 
-def test_one_launch_where_the_weights_lie_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mbq_ao.kernels import ops
+@KINDS
+def test_one_launch_where_the_weights_lie_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mbq_ao.kernels import ops, w4a8_ops
 
-    model, x = Readers(), torch.randn(2, K)
+    model, x = Readers(kind=kind), torch.randn(2, K)
+    module = ops if kind == "int3" else w4a8_ops
     rows: list[int] = []
 
     def spy(x: Tensor, qdata: Tensor, *rest: Any) -> Tensor:
         rows.append(rest[0].shape[0])
         return original(x, qdata, *rest)
 
-    original = ops.int3_linear
-    monkeypatch.setattr(ops, "int3_linear", spy)
+    original = getattr(module, f"{kind}_linear")
+    monkeypatch.setattr(module, f"{kind}_linear", spy)
 
     def group(*linears: nn.Linear) -> Tensor:
-        lists = ([getattr(m.weight, n) for m in linears] for n in ("qdata", "scale", "zero_point"))
-        return torch.ops.mbq_ao.int3_linear_group(x, *lists, [], 32)
+        lists = [[getattr(m.weight, n) for m in linears] for n in linears[0].weight.tensor_data_names]
+        if kind == "int3":
+            return torch.ops.mbq_ao.int3_linear_group(x, *lists, [], 32)
+        return torch.ops.mbq_ao.w4a8_linear_group(x, *lists, [], None, 32)
 
     apart = group(model.a, model.b, model.c)
     assert rows == [96, 32, 40]
@@ -126,15 +137,17 @@ def test_weights_that_end_within_a_tile_are_not_read_as_one() -> None:
     assert torch.equal(torch.ops.mbq_ao.int3_linear_group(x, *lists, [], 32), expected)
 
 
-def test_the_group_op_keeps_the_laws_of_custom_ops() -> None:
-    model = Readers(bias=True)
+@KINDS
+def test_the_group_op_keeps_the_laws_of_custom_ops(kind: str) -> None:
+    model = Readers(bias=True, kind=kind)
     fuse_linears_(model)
     linears = (model.a, model.b)
-    lists = [[getattr(m.weight, n) for m in linears] for n in ("qdata", "scale", "zero_point")]
-    biases = [m.bias.detach() for m in linears]
-    torch.library.opcheck(torch.ops.mbq_ao.int3_linear_group.default, (torch.randn(2, K), *lists, biases, 32))
+    lists = [[getattr(m.weight, n) for m in linears] for n in model.a.weight.tensor_data_names]
+    arguments = [*lists, [m.bias.detach() for m in linears], *([] if kind == "int3" else [torch.ones(K)]), 32]
+    op = getattr(torch.ops.mbq_ao, f"{kind}_linear_group").default
+    torch.library.opcheck(op, (torch.randn(2, K), *arguments))
     with pytest.raises(ValueError, match="K is the last dimension of x"):
-        torch.ops.mbq_ao.int3_linear_group(torch.randn(2, 3 * K), *lists, biases, 32)
+        op(torch.randn(2, 3 * K), *arguments)
 
 
 def test_what_is_not_laid_together() -> None:
@@ -157,27 +170,25 @@ def test_what_is_not_laid_together() -> None:
     assert fused(nn.Linear(K, 32), nn.Linear(K, 32)) == []
 
 
-def test_w4a8_is_left_as_it_is() -> None:
-    w4a8 = Int8DynamicActivationInt4WeightMBQConfig(group_size=32)
-    model = nn.Sequential(*(nn.Linear(K, 32) for _ in range(5)))
-    quantize_(model, w4a8, filter_fn=lambda module, name: name in ("0", "1", "3"))
-    quantize_(model, Int3WeightOnlyConfig(group_size=32), filter_fn=lambda module, name: name in ("2", "4"))
+def test_kinds_are_not_mixed() -> None:
+    model = nn.Sequential(*(nn.Linear(K, 48) for _ in range(5)))
+    quantize_(model, CONFIGS["w4a8"], filter_fn=lambda module, name: name in ("0", "1", "3"))
+    quantize_(model, CONFIGS["int3"], filter_fn=lambda module, name: name in ("2", "4"))
     before = {name: id(p) for name, p in model.named_parameters()}
-    assert fuse_linears_(model) == []  # one of W4A8 lies between those that could be
-    assert {name: id(p) for name, p in model.named_parameters()} == before
-    unfuse_linears_(model)
-    assert id(model[0].weight) == before["0.weight"] and id(model[0].bias) == before["0.bias"]
+    assert fuse_linears_(model) == [["0", "1"]]  # 48 rows are whole tiles of W4A8
+    after = {name: id(p) for name, p in model.named_parameters()}
+    assert {name for name in before if before[name] != after[name]} == {"0.weight", "0.bias", "1.weight", "1.bias"}
 
 
-def test_calls_of_w4a8_stay_as_they_are() -> None:
-    model = Readers()
-    for name in ("a", "b"):
-        layer = nn.Linear(K, 32)
-        quantize_(layer, Int8DynamicActivationInt4WeightMBQConfig())
-        setattr(model, name, layer)
+def test_only_calls_of_one_kind_and_one_pre_scale_are_merged() -> None:
+    model = Readers(kind="w4a8")
+    model.c = nn.Linear(K, 32)
+    quantize_(model.c, CONFIGS["int3"])
+    weight = model.b.weight._replace(act_pre_scale=torch.full((K,), 0.5))
+    model.b.weight = nn.Parameter(weight, requires_grad=False)
     x = torch.randn(3, K)
     results, calls = counted(model, x)
-    assert calls == {"int3_linear_group": 0, "int3_linear": 2}
+    assert calls == {"w4a8_linear": 3, "int3_linear": 1}
     for ours, theirs in zip(results, model(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 

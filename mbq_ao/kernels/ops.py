@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mbq_ao.kernels.checks import check_bias_and_devices, check_input, check_one_device, check_scale, has_kernels
+from mbq_ao.kernels.grouped import linear_group
 from mbq_ao.kernels.int3_cpu import int3_linear_cpu
 from mbq_ao.kernels.layout import TILE_N, check_qdata
 from mbq_ao.kernels.reference import dequantize_reference
@@ -65,14 +66,7 @@ def int3_linear_group(
     One tensor a weight in each list; no bias at all is []. Every weight but the last needs a multiple of 32 rows to
     be laid together; if they are not, or do not lie together, they are computed one by one. Errors as there.
     """
-    if not any(s.shape[0] % TILE_N for s in scale[:-1]):
-        weight = [part for tensors in (qdata, scale, zero_point) if (part := _joined(tensors)) is not None]
-        joined_bias = _joined(bias)
-        if len(weight) == 3 and (joined_bias is not None or not bias):
-            return int3_linear(x, *weight, joined_bias, group_size)
-    biases = bias or [None] * len(qdata)
-    calls = zip(qdata, scale, zero_point, biases, strict=True)
-    return torch.cat([int3_linear(x, *weight, group_size) for weight in calls], -1)
+    return linear_group(lambda *weight: int3_linear(x, *weight, group_size), (qdata, scale, zero_point), bias, TILE_N)
 
 
 @int3_linear_group.register_fake
@@ -80,24 +74,6 @@ def _(x: Tensor, qdata: _Tensors, scale: _Tensors, zero_point: _Tensors, bias: _
     for i, weight in enumerate(zip(qdata, scale, zero_point, strict=True)):
         _check_linear(x, *weight, bias[i] if bias else None, group_size)
     return x.new_empty((*x.shape[:-1], sum(s.shape[0] for s in scale)))
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """One view over tensors that follow one another along dimension 0 in one storage, or None if they do not."""
-    if not tensors:
-        return None
-    first, size, end = tensors[0], 0, tensors[0].storage_offset()
-    for t in tensors:
-        same = (
-            t.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-            and t.stride() == first.stride()
-            and t.shape[1:] == first.shape[1:]
-            and t.dtype == first.dtype
-        )
-        if not same or t.storage_offset() != end:
-            return None
-        size, end = size + t.shape[0], end + t.shape[0] * t.stride(0)
-    return first.as_strided((size, *first.shape[1:]), first.stride())
 
 
 @torch.library.custom_op("mbq_ao::int3_dequantize", mutates_args=())

@@ -1,6 +1,7 @@
 """The door to the W4A8 kernels: as ops.py, for 4-bit weights and activations quantized on the way.
 
     torch.ops.mbq_ao.w4a8_linear(x, qdata, scale, bias, act_pre_scale, group_size)    -> (..., N) in x.dtype
+    torch.ops.mbq_ao.w4a8_linear_group(x, [qdata], [scale], [bias], act_pre_scale, group_size)    several at once
     torch.ops.mbq_ao.int4_dequantize(qdata, scale, k, group_size, dtype)              -> (N, k) in dtype
 
 What each computes is reference.py. Which code computes it:
@@ -9,6 +10,7 @@ What each computes is reference.py. Which code computes it:
     everything else                                       w4a8_cpu.py: unpack, and a matmul of integers
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,9 +24,12 @@ from mbq_ao.kernels.checks import (
     check_scale,
     has_kernels,
 )
-from mbq_ao.kernels.int4_layout import check_int4_qdata
+from mbq_ao.kernels.grouped import linear_group
+from mbq_ao.kernels.int4_layout import TILE_N, check_int4_qdata
 from mbq_ao.kernels.reference import int4_dequantize_reference
 from mbq_ao.kernels.w4a8_cpu import w4a8_linear_cpu
+
+_Tensors = Sequence[Tensor]
 
 
 @torch.library.custom_op("mbq_ao::w4a8_linear", mutates_args=())
@@ -55,6 +60,28 @@ def _(
 ) -> Tensor:
     _check_linear(x, qdata, scale, bias, act_pre_scale, group_size)
     return x.new_empty((*x.shape[:-1], scale.shape[0]))
+
+
+@torch.library.custom_op("mbq_ao::w4a8_linear_group", mutates_args=())
+def w4a8_linear_group(
+    x: Tensor, qdata: _Tensors, scale: _Tensors, bias: _Tensors, act_pre_scale: Tensor | None, group_size: int
+) -> Tensor:
+    """Several `w4a8_linear` of one x, (..., sum of N): where they lie together, x is quantized once, for one matmul.
+
+    One tensor a weight in each list; no bias at all is []. As int3_linear_group, with 16 rows instead of 32.
+    """
+    return linear_group(
+        lambda *weight: w4a8_linear(x, *weight, act_pre_scale, group_size), (qdata, scale), bias, TILE_N
+    )
+
+
+@w4a8_linear_group.register_fake
+def _(
+    x: Tensor, qdata: _Tensors, scale: _Tensors, bias: _Tensors, act_pre_scale: Tensor | None, group_size: int
+) -> Tensor:
+    for i, weight in enumerate(zip(qdata, scale, strict=True)):
+        _check_linear(x, *weight, bias[i] if bias else None, act_pre_scale, group_size)
+    return x.new_empty((*x.shape[:-1], sum(s.shape[0] for s in scale)))
 
 
 @torch.library.custom_op("mbq_ao::int4_dequantize", mutates_args=())
