@@ -52,6 +52,9 @@ class TestShapes:
             assert w[:0].dequantize().shape == (0, w.shape[1])
             assert w[:, :0].dequantize().shape == (w.shape[0], 0)
             assert_same_data(w[:, :], w)
+            x, bias = random_x(2, 3, w.shape[1]), random_x(w.shape[0])
+            assert F.linear(x, w[:0]).shape == (2, 3, 0)
+            assert_same(F.linear(x[..., :0], w[:, :0], bias), bias.expand(2, 3, -1))
 
     def test_narrow_split_chunk(self, kind: Kind) -> None:
         w, plain = quantized(kind), quantized(kind).dequantize()

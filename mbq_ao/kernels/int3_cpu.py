@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from mbq_ao.kernels.layout import FIELDS, TILE_K, TILE_N
-from mbq_ao.kernels.reference import dequantize_reference
+from mbq_ao.kernels.reference import as_rows, dequantize_reference
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def int3_linear_cpu(
     x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
     """`ops.int3_linear` for tensors on a CPU; arguments as checked there. Accumulates in fp32."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     y = None
     if _worth_compiling(rows.shape[0], qdata):
         y = _linear_compiled(rows, qdata, scale, zero_point, group_size)

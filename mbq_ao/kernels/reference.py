@@ -9,6 +9,8 @@
 with g = group_size columns a group. Written to be read. The CPU uses it too, so it is not written to be slow.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -67,6 +69,11 @@ def int3_linear_reference(
     return torch.nn.functional.linear(x.float(), weight, None if bias is None else bias.float())
 
 
+def as_rows(x: Tensor) -> Tensor:
+    """x (..., K) as (rows, K). `reshape(-1, K)` cannot, where K is 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def quantize_tokens(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Per-token symmetric int8: x (..., K) -> (int8 (..., K), fp32 (..., 1) scale d), computed in fp32.
 
@@ -98,7 +105,7 @@ def w4a8_linear_reference(
 ) -> Tensor:
     """The linear layer in fp32 but for the sums of integers, which are exact.  x: (..., K).  Returns (..., N) fp32."""
     n, k = scale.shape[0], x.shape[-1]
-    xq, d = quantize_tokens(x.reshape(-1, k), act_pre_scale)
+    xq, d = quantize_tokens(as_rows(x), act_pre_scale)
     q = unpack_int4(qdata, n, k)
     y = x.new_zeros((xq.shape[0], n), dtype=torch.float32)
     for group in range(scale.shape[1]):

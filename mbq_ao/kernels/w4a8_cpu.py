@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mbq_ao.kernels.int4_layout import unpack_int4
-from mbq_ao.kernels.reference import quantize_tokens
+from mbq_ao.kernels.reference import as_rows, quantize_tokens
 
 _EXACT_COLUMNS = 1 << 14  # 127 * 8 * 2^14 < 2^24
 
@@ -23,7 +23,7 @@ def w4a8_linear_cpu(
 ) -> Tensor:
     """`w4a8_ops.w4a8_linear`; arguments as checked there."""
     n, k = scale.shape[0], x.shape[-1]
-    xq, d = quantize_tokens(x.reshape(-1, k), act_pre_scale)
+    xq, d = quantize_tokens(as_rows(x), act_pre_scale)
     q = unpack_int4(qdata, n, k)
     if scale.shape[1] == 1:
         y = sum_products(xq, q).mul_(scale[:, 0].float())
