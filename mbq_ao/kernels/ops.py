@@ -41,7 +41,7 @@ def int3_linear(
     not fit and for tensors on different devices.
     """
     _check_linear(x, qdata, scale, zero_point, bias, group_size)
-    if has_kernels(x.device):
+    if x.numel() and has_kernels(x.device):
         from mbq_ao.kernels.int3_linear import int3_linear_triton
 
         return int3_linear_triton(x, qdata, scale, zero_point, bias, group_size)

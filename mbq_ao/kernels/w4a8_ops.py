@@ -47,7 +47,7 @@ def w4a8_linear(
     not fit and for tensors on different devices.
     """
     _check_linear(x, qdata, scale, bias, act_pre_scale, group_size)
-    if has_kernels(x.device):
+    if x.numel() and has_kernels(x.device):
         from mbq_ao.kernels.w4a8_gemm import w4a8_linear_triton
 
         return w4a8_linear_triton(x, qdata, scale, bias, act_pre_scale, group_size)

@@ -149,11 +149,8 @@ def w4a8_cases(draw: st.DrawFn) -> tuple:
     return draw_view(draw, x.to(x_dtype)), pack_int4(q), scale, draw_bias(draw, generator, n), act_pre_scale, g
 
 
-@given(w4a8_cases())
-@settings(max_examples=300, derandomize=True, deadline=None)
-def test_w4a8_cpu(arguments: tuple) -> None:
+def assert_w4a8_right(y: Tensor, arguments: tuple) -> None:
     x, qdata, scale, bias, act_pre_scale, g = arguments
-    y = torch.ops.mbq_ao.w4a8_linear(*arguments)
     assert y.shape == (*x.shape[:-1], scale.shape[0]) and y.dtype == x.dtype
     # NaN in a token is NaN in its row; nothing finite becomes NaN.
     bad = ~x.isfinite().all(-1, keepdim=True)
@@ -172,3 +169,21 @@ def test_w4a8_cpu(arguments: tuple) -> None:
     assert torch.equal(y.sign()[y.isinf()], exact.sign().to(y.dtype)[y.isinf()])
     assert ((y.double() - exact).abs() <= bound)[y.isfinite()].all()
     assert (exact.abs() - bound <= largest)[y.isfinite()].all()
+
+
+@given(w4a8_cases())
+@settings(max_examples=300, derandomize=True, deadline=None)
+def test_w4a8_cpu(arguments: tuple) -> None:
+    assert_w4a8_right(torch.ops.mbq_ao.w4a8_linear(*arguments), arguments)
+
+
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value|underflow) encountered")  # numpy's, in the interpreter
+@given(w4a8_cases())
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_w4a8_triton(arguments: tuple) -> None:
+    pytest.importorskip("triton")
+    from mbq_ao.kernels.w4a8_gemm import w4a8_linear_triton
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    moved = [a.to(device) if isinstance(a, Tensor) else a for a in arguments]
+    assert_w4a8_right(w4a8_linear_triton(*moved).cpu(), arguments)

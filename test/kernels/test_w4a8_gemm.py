@@ -128,6 +128,13 @@ def test_every_cut(config: W4A8Config) -> None:
 
 
 @needs_kernels
+def test_no_rows() -> None:
+    args = w4a8_problem(3, 40, 64, None, torch.bfloat16)
+    args[0] = args[0][:0]
+    assert w4a8_linear_triton(*args).shape == (0, 40)
+
+
+@needs_kernels
 def test_no_cut_changes_the_result() -> None:
     args = w4a8_problem(9, 40, 700, None, torch.float32)
     results = [w4a8_linear_triton(*args, config) for config in (FEW, dataclasses.replace(FEW, block_m=16), SOME, MANY)]

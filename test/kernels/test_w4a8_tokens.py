@@ -4,11 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from launches import DEVICE, needs_kernels
 from torch import Tensor
 
 from mbq_ao.kernels.int4_layout import pack_int4
 from mbq_ao.kernels.reference import quantize_tokens, w4a8_linear_reference
 
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered")  # numpy's, in the interpreter
 N, K = 24, 96
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Linear = Callable[..., Tensor]
@@ -18,8 +20,16 @@ def rounded_reference(x: Tensor, *args: object) -> Tensor:
     return w4a8_linear_reference(x, *args).to(x.dtype)
 
 
+def triton_kernel(*args: object) -> Tensor:
+    from mbq_ao.kernels.w4a8_gemm import w4a8_linear_triton
+
+    return w4a8_linear_triton(*(a.to(DEVICE) if isinstance(a, Tensor) else a for a in args)).cpu()
+
+
 each_linear = pytest.mark.parametrize(
-    "linear", [rounded_reference, torch.ops.mbq_ao.w4a8_linear], ids=["reference", "op"]
+    "linear",
+    [rounded_reference, torch.ops.mbq_ao.w4a8_linear, pytest.param(triton_kernel, marks=needs_kernels)],
+    ids=["reference", "op", "triton"],
 )
 each_group_size = pytest.mark.parametrize("g", [32, K])
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
