@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from mbq_ao.config import Int3WeightOnlyConfig
+from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig
 from mbq_ao.int3_tensor import MBQInt3Tensor
+from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
 if TYPE_CHECKING:
     from mbq_ao.calibration.fold import ScaleGroup
@@ -30,8 +31,8 @@ class MBQConfig(AOBaseConfig):
     """What `mbq_config` returns; its docstring says what the fields mean."""
 
     calib_data: Iterable[Mapping[str, Any]] = field(repr=False)
-    precision: str = "w3a16"
-    group_size: int | None = 128
+    precision: Literal["w3a16", "w4a8"] = "w3a16"
+    group_size: int | None | Literal["auto"] = "auto"
     recipe: Literal["best", "paper"] = "best"
     balance: bool = True
     loss: Literal["mae", "mse"] = "mae"
@@ -47,9 +48,13 @@ class MBQConfig(AOBaseConfig):
         _one_of("loss", self.loss, _LOSSES)
         if not isinstance(self.n_grid, int) or self.n_grid < 1:
             raise ValueError(f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20")
-        self.quantizer()  # raises for a group size that the precision does not have
+        kind = _QUANTIZERS[self.precision]
+        rounding = kind.rounding() if isinstance(self.group_size, str) else kind.rounding(group_size=self.group_size)
+        in_groups = self.recipe != "paper" or kind.published_in_groups
+        self.group_size = rounding.group_size if in_groups else None
 
-    def quantizer(self) -> Int3WeightQuantizer:
+    def quantizer(self) -> W3A16Quantizer | W4A8Quantizer:
+        assert not isinstance(self.group_size, str)  # resolved when this was made
         return _QUANTIZERS[self.precision](self.group_size)
 
     def settings(self) -> CalibrationSettings:
@@ -68,29 +73,58 @@ class MBQConfig(AOBaseConfig):
 
 
 @dataclass(frozen=True)
-class Int3WeightQuantizer:
-    """W3A16: what calibration knows of the tensor it calibrates for."""
+class W3A16Quantizer:
+    """What calibration knows of the tensor it calibrates for: a WeightQuantizer of calibration/settings.py."""
+
+    rounding: ClassVar = Int3WeightOnlyConfig  # the same tensor by plain rounding; has the default group size
+    published_in_groups: ClassVar = True  # whether the published code heeds a group size
 
     group_size: int | None
 
-    def __post_init__(self) -> None:
-        Int3WeightOnlyConfig(group_size=self.group_size)
+    def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        rounded = MBQInt3Tensor.fake_quantize(_scaled(weight, s), self.group_size)
+        return rounded if s is None else rounded / s.to(weight.dtype)
 
-    def fake_quantize(self, weight: Tensor) -> Tensor:
-        return MBQInt3Tensor.fake_quantize(weight, self.group_size)
-
-    def quantize(self, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
-        return MBQInt3Tensor.from_hp(weight, self.group_size, act_pre_scale=act_pre_scale)
+    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        return MBQInt3Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
 
 
-_QUANTIZERS = {"w3a16": Int3WeightQuantizer}
+@dataclass(frozen=True)
+class W4A8Quantizer:
+    """As W3A16Quantizer. The rounding of activations cannot be put into a plain weight: the tensor is its stand-in."""
+
+    rounding: ClassVar = Int8DynamicActivationInt4WeightMBQConfig
+    published_in_groups: ClassVar = False
+
+    group_size: int | None
+
+    def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        try:
+            return self.quantize(weight, s)
+        except ValueError:  # W s overflows float16: a scale that loses the search
+            return torch.full_like(weight, float("nan"))
+
+    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        return MBQW4A8Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
+
+
+def _scaled(weight: Tensor, s: Tensor | None) -> Tensor:
+    return weight if s is None else (weight.float() * s).to(weight.dtype)
+
+
+def _inverse(weight: Tensor, s: Tensor | None) -> Tensor | None:
+    """1 / s, or what float16 has nearest to it."""
+    return None if s is None else (1 / s).clamp(max=torch.finfo(weight.dtype).max).to(weight.dtype)
+
+
+_QUANTIZERS: dict[str, type[W3A16Quantizer] | type[W4A8Quantizer]] = {"w3a16": W3A16Quantizer, "w4a8": W4A8Quantizer}
 
 
 def mbq_config(
     calib_data: Iterable[Mapping[str, Any]],
     *,
-    precision: str = "w3a16",
-    group_size: int | None = 128,
+    precision: Literal["w3a16", "w4a8"] = "w3a16",
+    group_size: int | None | Literal["auto"] = "auto",
     recipe: Literal["best", "paper"] = "best",
     balance: bool = True,
     loss: Literal["mae", "mse"] = "mae",
@@ -106,8 +140,11 @@ def mbq_config(
         answer, with `labels` (B, T), -100 on every token that is not answer. `vision_mask` and
         `answer_mask`, bool (B, T), override what is found from the model's config and from the labels.
         It is read once; batches may differ in length.
-    precision: "w3a16", 3-bit weights with an asymmetric grid, activations as they are.
-    group_size: 32, 64 or 128 input channels share a scale; None: one scale a row.
+    precision: "w3a16", 3-bit weights with an asymmetric grid, activations as they are. "w4a8", 4-bit weights with a
+        symmetric grid, and activations rounded to 8 bits as they come, one scale a token.
+    group_size: 32, 64 or 128 input channels share a scale; None: one scale a row. "auto" is 128 for w3a16 and None
+        for w4a8. The published code knows no groups for w4a8: there recipe="paper" has one scale a row, whatever
+        is given. `group_size` of the config returned is what was decided.
     recipe: "best" is the corrected calibration. "paper" computes what the published code computes, number
         for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
         scaled only where v_proj has its shape, and what no producer can take is not scaled.
@@ -148,7 +185,7 @@ def quantize_(
     """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
 
     With `mbq_config(calib_data)`: calibrates, then turns the linears of the language model's decoder
-    layers into MBQInt3Tensor weights, and returns the report. Any other config is handed to torchao's
+    layers into MBQInt3Tensor or MBQW4A8Tensor weights, and returns the report. Any other config is handed to torchao's
     own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.

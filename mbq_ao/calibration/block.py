@@ -65,7 +65,7 @@ class BlockCalibrator:
         candidates = {f"{n}.weight" if n else "weight": m.weight for n, m in originals.items() if self._is_selected(m)}
 
         def candidate(s: Tensor) -> dict[str, Tensor]:
-            return {n: self._stand_in(w, s) / s.to(w.dtype) for n, w in candidates.items()}
+            return {n: self.settings.quantizer.stand_in(w, s) for n, w in candidates.items()}
 
         try:
             found = search_scale(
@@ -88,9 +88,6 @@ class BlockCalibrator:
 
     def _is_selected(self, module: nn.Module) -> bool:
         return any(module is linear for linear in self.linears.values())
-
-    def _stand_in(self, weight: Tensor, s: Tensor) -> Tensor:
-        return self.settings.quantizer.fake_quantize((weight.float() * s).to(weight.dtype))
 
     def _capture(self, group: ScaleGroup, parameters: dict[str, Tensor], *, distorted: bool) -> list[Seen]:
         """Run the block on every batch and record the call of the compared module and the group's input."""
@@ -117,16 +114,12 @@ class BlockCalibrator:
 
     @torch.no_grad()
     def served_parameters(self) -> dict[str, Tensor]:
-        """The block's parameters as it will serve, in high precision: folded so far, and fake-quantized."""
+        """The block's parameters as it will serve: folded so far, and stand-ins for all its quantized weights."""
         parameters = folded_parameters(self.block, self.scalings)
         pre_scaled = activation_scales(self.scalings)
         for name, linear in self.linears.items():
             weight = parameters.get(f"{name}.weight", linear.weight)
-            if name in pre_scaled:
-                s = pre_scaled[name]
-                parameters[f"{name}.weight"] = self._stand_in(weight, s) / s.to(weight.dtype)
-            else:
-                parameters[f"{name}.weight"] = self.settings.quantizer.fake_quantize(weight)
+            parameters[f"{name}.weight"] = self.settings.quantizer.stand_in(weight, pre_scaled.get(name))
         return parameters
 
     @torch.no_grad()
@@ -136,12 +129,9 @@ class BlockCalibrator:
         pre_scaled = activation_scales(self.scalings)
         result = []
         for name, linear in self.linears.items():
-            weight, pre_scale = folded.pop(f"{name}.weight", linear.weight.detach()), None
-            if name in pre_scaled:
-                s = pre_scaled[name]
-                weight, pre_scale = (weight.float() * s).to(weight.dtype), (1 / s).to(weight.dtype)
+            weight = folded.pop(f"{name}.weight", linear.weight.detach())
             try:
-                result.append((linear, "weight", self.settings.quantizer.quantize(weight, pre_scale)))
+                result.append((linear, "weight", self.settings.quantizer.quantize(weight, pre_scaled.get(name))))
             except ValueError as error:
                 raise ValueError(f"{self.name}.{name}: {error}") from error
         for name, value in folded.items():

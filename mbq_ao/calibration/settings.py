@@ -15,13 +15,19 @@ from mbq_ao.calibration.scale_search import Loss
 
 
 class WeightQuantizer(Protocol):
-    """How one weight is quantized; the search and the final model go through the same object."""
+    """How one weight is quantized; the search and the final model go through the same object.
 
-    def fake_quantize(self, weight: Tensor) -> Tensor:
-        """What the quantized weight stands for, as a plain tensor."""
+    weight: (out_features, in_features).  s: (in_features,), or None for a weight that is not scaled, or is already.
+    """
 
-    def quantize(self, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
-        """The tensor that will serve."""
+    def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        """For the search: with it the linear computes on x what the quantized one, with W s, will compute on x / s."""
+
+    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        """The tensor that will serve: W s quantized, and 1 / s as its `act_pre_scale`.
+
+        Raises ValueError where it cannot hold them.
+        """
 
 
 @dataclass(frozen=True)

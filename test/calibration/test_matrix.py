@@ -26,7 +26,7 @@ from mbq_ao.calibration.batch import collect_batches
 from mbq_ao.calibration.capture import capture_streams, find_blocks
 from mbq_ao.calibration.fold import ScaleGroup
 from mbq_ao.calibration.scale_groups import BlockProber
-from mbq_ao.quantize import Int3WeightQuantizer
+from mbq_ao.quantize import W3A16Quantizer
 
 BLOCKS = {
     "smolvlm": "model.text_model.layers",
@@ -140,13 +140,13 @@ def quantize_losslessly(
 ) -> float:
     """Search and fold as ever, but put unrounded weights into the model. Returns the logits' relative change."""
 
-    def keep(self: Int3WeightQuantizer, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
-        return weight if act_pre_scale is None else weight * act_pre_scale
+    def keep(self: W3A16Quantizer, weight: Tensor, s: Tensor | None) -> Tensor:
+        return weight
 
     batches = [build_batch(family, 9), build_batch(family, 12, seed=2)]
     with torch.no_grad():
         before = model(**model_inputs(batches[0])).logits
-    monkeypatch.setattr(Int3WeightQuantizer, "quantize", keep)
+    monkeypatch.setattr(W3A16Quantizer, "quantize", keep)
     report = quantize_(model, mbq_config(batches, group_size=32, n_grid=4, **options), filter_fn, progress=False)
     assert report is not None and any(g.alpha > 0 for g in report.groups)
     with torch.no_grad():

@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
+from mbq_ao import MBQInt3Tensor, MBQW4A8Tensor, mbq_config, quantize_
 from mbq_ao.calibration import mbq
 
 LAYER0 = Path(__file__).parents[1] / "goldens" / "paper_mode_layer0"
+PRECISIONS: Any = {(3, 16): "w3a16", (4, 8): "w4a8"}
 GOLDENS = os.environ.get("MBQ_AO_GOLDENS")
 
 
@@ -49,7 +50,7 @@ def sha256_16(value: Tensor) -> str:
 
 
 def dense(parameter: nn.Parameter) -> Tensor:
-    return parameter.dequantize() if isinstance(parameter, MBQInt3Tensor) else parameter
+    return parameter.dequantize() if isinstance(parameter, MBQInt3Tensor | MBQW4A8Tensor) else parameter
 
 
 def assert_searches_agree(groups: list[Any], searches: list[dict[str, Any]]) -> None:
@@ -98,7 +99,7 @@ def full_runs() -> list[Any]:
     if GOLDENS is None:
         return [pytest.param(None, None, marks=pytest.mark.skip(reason="MBQ_AO_GOLDENS names no folder of goldens"))]
     results = json.loads((Path(GOLDENS) / "manifest.json").read_text())["results"]
-    return [key.split("/") for key in results if not json_config(key)["wa_quant"]]
+    return [key.split("/") for key in results ]
 
 
 def json_config(key: str) -> dict[str, Any]:
@@ -123,6 +124,7 @@ def test_all_layers(name: str, run: str, single_thread: None) -> None:
         balance=options["reweight"],
         loss=options["loss_mode"],
         propagate_error=options["distort"],
+        precision=PRECISIONS[options["w_bit"], options["a_bit"]],
     )
     report = quantize_(model, config, progress=False)
     assert_searches_agree(report.groups, golden["searches"])
