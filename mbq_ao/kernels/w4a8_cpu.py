@@ -1,10 +1,14 @@
 """W4A8 on a CPU, and on whatever else has no kernel: the weight unpacked, and a matmul of integers.
 
-Sums of integers are exact either way, so the result does not depend on which way was taken, or on the threads:
+Sums of integers are exact, so in 16 bits the result does not depend on which way was taken, or on the threads:
 
     torch._int_mm      int8 x int8 -> int32, on CPUs with instructions for it. On others torch has a plain loop, 36
                        times slower than its fp32 matmul (2048 x 2048, 256 rows, AVX2).
     fp32 matmul        of whole numbers: exact as long as a sum stays below 2^24, so in parts of 16,384 columns
+
+With x in fp32 the rounded x and the rounded weight are multiplied as they are, in fp32. That is the arithmetic in which
+the published code simulates W4A8, and nothing else reproduces its numbers: a difference in the last bit moves some value
+of the next layer to the other side of a rounding, by a whole step of 8 bits, and so on from layer to layer.
 """
 
 import functools
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mbq_ao.kernels.int4_layout import unpack_int4
-from mbq_ao.kernels.reference import quantize_tokens
+from mbq_ao.kernels.reference import int4_dequantize_reference, quantize_tokens
 
 _EXACT_COLUMNS = 1 << 14  # 127 * 8 * 2^14 < 2^24
 
@@ -23,6 +27,10 @@ def w4a8_linear_cpu(
 ) -> Tensor:
     """`w4a8_ops.w4a8_linear`; arguments as checked there."""
     n, k = scale.shape[0], x.shape[-1]
+    if x.dtype == torch.float32:
+        xq, d = quantize_tokens(x, act_pre_scale)
+        weight = int4_dequantize_reference(qdata, scale, k, group_size, torch.float32)
+        return torch.nn.functional.linear(xq * d, weight, None if bias is None else bias.float())
     xq, d = quantize_tokens(x.reshape(-1, k), act_pre_scale)
     q = unpack_int4(qdata, n, k)
     if scale.shape[1] == 1:

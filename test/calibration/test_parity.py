@@ -99,7 +99,7 @@ def full_runs() -> list[Any]:
     if GOLDENS is None:
         return [pytest.param(None, None, marks=pytest.mark.skip(reason="MBQ_AO_GOLDENS names no folder of goldens"))]
     results = json.loads((Path(GOLDENS) / "manifest.json").read_text())["results"]
-    return [key.split("/") for key in results ]
+    return [key.split("/") for key in results]
 
 
 def json_config(key: str) -> dict[str, Any]:
