@@ -32,7 +32,7 @@ class MBQConfig(AOBaseConfig):
 
     calib_data: Iterable[Mapping[str, Any]] = field(repr=False)
     precision: Literal["w3a16", "w4a8"] = "w3a16"
-    group_size: int | None | Literal["auto"] = "auto"
+    group_size: int | Literal["auto"] | None = "auto"
     recipe: Literal["best", "paper"] = "best"
     balance: bool = True
     loss: Literal["mae", "mse"] = "mae"
@@ -49,7 +49,7 @@ class MBQConfig(AOBaseConfig):
         if not isinstance(self.n_grid, int) or self.n_grid < 1:
             raise ValueError(f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20")
         kind = _QUANTIZERS[self.precision]
-        rounding = kind.rounding() if isinstance(self.group_size, str) else kind.rounding(group_size=self.group_size)
+        rounding = kind.rounding(**({} if self.group_size == "auto" else {"group_size": self.group_size}))
         in_groups = self.recipe != "paper" or kind.published_in_groups
         self.group_size = rounding.group_size if in_groups else None
 
@@ -124,7 +124,7 @@ def mbq_config(
     calib_data: Iterable[Mapping[str, Any]],
     *,
     precision: Literal["w3a16", "w4a8"] = "w3a16",
-    group_size: int | None | Literal["auto"] = "auto",
+    group_size: int | Literal["auto"] | None = "auto",
     recipe: Literal["best", "paper"] = "best",
     balance: bool = True,
     loss: Literal["mae", "mse"] = "mae",

@@ -6,9 +6,9 @@ Sums of integers are exact, so in 16 bits the result does not depend on which wa
                        times slower than its fp32 matmul (2048 x 2048, 256 rows, AVX2).
     fp32 matmul        of whole numbers: exact as long as a sum stays below 2^24, so in parts of 16,384 columns
 
-With x in fp32 the rounded x and the rounded weight are multiplied as they are, in fp32. That is the arithmetic in which
-the published code simulates W4A8, and nothing else reproduces its numbers: a difference in the last bit moves some value
-of the next layer to the other side of a rounding, by a whole step of 8 bits, and so on from layer to layer.
+With x in fp32 the rounded x and the rounded weight are multiplied as they are, in fp32: the arithmetic in which the
+published code simulates W4A8. Nothing else reproduces its numbers, because a difference in the last bit moves some
+value of the next layer to the other side of a rounding, by a whole step of 8 bits, and so on from layer to layer.
 """
 
 import functools
