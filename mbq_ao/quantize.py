@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mbq_ao.calibration.settings import CalibrationSettings
 
 FilterFn = Callable[[nn.Module, str], bool]
-_RECIPES = ("best", "paper")
+_RECIPES = ("best", "paper", "smoothquant")
 _LOSSES = ("mae", "mse")
 
 
@@ -33,8 +33,8 @@ class MBQConfig(AOBaseConfig):
     calib_data: Iterable[Mapping[str, Any]] = field(repr=False)
     precision: Literal["w3a16", "w4a8"] = "w3a16"
     group_size: int | Literal["auto"] | None = "auto"
-    recipe: Literal["best", "paper"] = "best"
-    balance: bool = True
+    recipe: Literal["best", "paper", "smoothquant"] = "best"
+    balance: bool | None = None
     loss: Literal["mae", "mse"] = "mae"
     propagate_error: bool = False
     n_grid: int = 20
@@ -48,6 +48,13 @@ class MBQConfig(AOBaseConfig):
         _one_of("loss", self.loss, _LOSSES)
         if not isinstance(self.n_grid, int) or self.n_grid < 1:
             raise ValueError(f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20")
+        searches = self.recipe != "smoothquant"
+        if not searches and (self.balance or self.propagate_error or self.n_grid != MBQConfig.n_grid):
+            raise ValueError(
+                'recipe="smoothquant" searches nothing: leave out balance, propagate_error and n_grid, '
+                f"got {self.balance!r}, {self.propagate_error!r} and {self.n_grid!r}"
+            )
+        self.balance = searches if self.balance is None else self.balance
         kind = _QUANTIZERS[self.precision]
         rounding = kind.rounding(**({} if self.group_size == "auto" else {"group_size": self.group_size}))
         in_groups = self.recipe != "paper" or kind.published_in_groups
@@ -62,7 +69,7 @@ class MBQConfig(AOBaseConfig):
 
         return CalibrationSettings(
             recipe=RECIPES[self.recipe],
-            balance=self.balance,
+            balance=bool(self.balance),
             loss=self.loss,
             propagate_error=self.propagate_error,
             n_grid=self.n_grid,
@@ -125,8 +132,8 @@ def mbq_config(
     *,
     precision: Literal["w3a16", "w4a8"] = "w3a16",
     group_size: int | Literal["auto"] | None = "auto",
-    recipe: Literal["best", "paper"] = "best",
-    balance: bool = True,
+    recipe: Literal["best", "paper", "smoothquant"] = "best",
+    balance: bool | None = None,
     loss: Literal["mae", "mse"] = "mae",
     propagate_error: bool = False,
     n_grid: int = 20,
@@ -149,7 +156,11 @@ def mbq_config(
         for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
         scaled only where v_proj has its shape, and what no producer can take is not scaled.
         To reproduce the paper on several samples, pass them as one padded batch, as its code does.
-    balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens.
+        "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
+        same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
+        balance=True, propagate_error=True and any n_grid are refused, and `loss` is only what is reported.
+    balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens. None is
+        True, and False for "smoothquant".
     loss: "mae" or "mse", the search's distance between outputs (the paper prefers mae).
     propagate_error: calibrate every block on the output of the quantized blocks before it.
     n_grid: exponents tried for each scale.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
 from mbq_ao.calibration.report import GroupReport
-from mbq_ao.calibration.scale_search import Example, search_scale, token_weights
+from mbq_ao.calibration.scale_search import Example, grid_scales, search_scale, smooth_scales, token_weights
 from mbq_ao.calibration.settings import CalibrationSettings, Masks
 
 
@@ -59,7 +59,6 @@ class BlockCalibrator:
             Example(seen.call, target.output, weight)
             for seen, target, weight in zip(calls, clean, weights, strict=True)
         ]
-        statistic = group.row_map.tie(mean_abs([seen.x for seen in calls], self.masks.counted))
         prefix = f"{inspect}." if inspect else ""
         originals = {n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears}
         candidates = {f"{n}.weight" if n else "weight": m.weight for n, m in originals.items() if self._is_selected(m)}
@@ -67,10 +66,14 @@ class BlockCalibrator:
         def candidate(s: Tensor) -> dict[str, Tensor]:
             return {n: self.settings.quantizer.stand_in(w, s) for n, w in candidates.items()}
 
+        inputs, alpha = [seen.x for seen in calls], self.settings.recipe.smooth_alpha
+        if alpha is None:
+            statistic = group.row_map.tie(mean_abs(inputs, self.masks.counted))
+            scales = grid_scales(statistic, self.settings.n_grid)
+        else:
+            scales = smooth_scales(max_abs(inputs, self.masks.counted), list(candidates.values()), alpha)
         try:
-            found = search_scale(
-                module, examples, statistic, candidate, loss=self.settings.loss, n_grid=self.settings.n_grid
-            )
+            found = search_scale(module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None)
         except ValueError as error:
             raise ValueError(f"{self.name}, group {', '.join(group.linears)}: {error}") from error
         self.scalings.append(Scaling(group, found.s))
@@ -165,13 +168,23 @@ class Seen:
 
 
 def mean_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
-    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
+    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches."""
+    selected = _counted_tokens(inputs, counted)
+    total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
+    return total / sum(x.shape[0] for x in selected)
+
+
+def max_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
+    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches."""
+    return torch.stack([x.abs().amax(0) for x in _counted_tokens(inputs, counted) if len(x)]).amax(0).float()
+
+
+def _counted_tokens(inputs: list[Tensor], counted: list[Tensor]) -> list[Tensor]:
+    """(tokens, in_features) a batch.
 
     Of another sequence than the text (the image that cross-attention reads) every token counts.
     """
-    selected = [
+    return [
         x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)
         for x, mask in zip(inputs, counted, strict=True)
     ]
-    total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
-    return total / sum(x.shape[0] for x in selected)

@@ -208,6 +208,8 @@ def _unshared(
 def _is_scaled(group: ScaleGroup, block: nn.Module, recipe: Recipe) -> bool:
     if group.producer is None:
         return recipe.pre_scale_unfolded
+    if recipe.norms_only and group.fold == "rows":
+        return False
     if recipe.tie_shared_rows or not group.mixes_tokens:
         return True
     # The published code scales o_proj only if v_proj has the very same shape.

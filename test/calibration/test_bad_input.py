@@ -153,8 +153,8 @@ def test_scale_groups_that_cannot_be_folded(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [
-        ("precision", "w2", "precision must be one of 'w3a16', got 'w2'"),
-        ("recipe", "awq", "recipe must be one of 'best', 'paper', got 'awq'"),
+        ("precision", "w2", "precision must be one of 'w3a16', 'w4a8', got 'w2'"),
+        ("recipe", "awq", "recipe must be one of 'best', 'paper', 'smoothquant', got 'awq'"),
         ("loss", "l1", "loss must be one of 'mae', 'mse', got 'l1'"),
         ("n_grid", 0, "n_grid must be an integer of at least 1, got 0; the paper uses 20"),
     ],
@@ -164,10 +164,23 @@ def test_unknown_choices(option: str, value: object, text: str) -> None:
         mbq_config([], **{option: value})
 
 
-def test_group_sizes_that_are_not_supported() -> None:
+@pytest.mark.parametrize("size", [100, "row", True])
+@pytest.mark.parametrize("options", [{}, {"precision": "w4a8"}, {"precision": "w4a8", "recipe": "paper"}])
+def test_group_sizes_that_are_not_supported(options: dict[str, Any], size: Any) -> None:
     with pytest.raises(ValueError) as caught:
-        mbq_config([], group_size=100)
-    assert "group_size" in str(caught.value) and "100" in str(caught.value) and "128" in str(caught.value)
+        mbq_config([], group_size=size, **options)
+    assert str(caught.value) == f"group_size must be 32, 64, 128 or None (one scale a row), got {size!r}"
+
+
+@pytest.mark.parametrize("option", [{"balance": True}, {"propagate_error": True}, {"n_grid": 5}])
+def test_smoothquant_refuses_what_concerns_a_search(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as caught:
+        mbq_config([], recipe="smoothquant", **option)
+    values = {"balance": None, "propagate_error": False, "n_grid": 20, **option}
+    assert str(caught.value) == (
+        'recipe="smoothquant" searches nothing: leave out balance, propagate_error and n_grid, '
+        "got {balance!r}, {propagate_error!r} and {n_grid!r}".format(**values)
+    )
 
 
 def test_torchao_refuses_a_calibration_config(model: nn.Module) -> None:
