@@ -106,10 +106,8 @@ class W4A8Quantizer:
     group_size: int | None
 
     def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
-        try:
-            return self.quantize(weight, s)
-        except ValueError:  # W s overflows float16: a scale that loses the search
-            return torch.full_like(weight, float("nan"))
+        # Where W s overflows float16 the scale is to lose the search, not to end it.
+        return self.quantize(weight, s) if _scaled(weight, s).isfinite().all() else torch.full_like(weight, torch.nan)
 
     def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
         return MBQW4A8Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))

@@ -54,6 +54,23 @@ searched on quantized weights; load the full-precision model again""",
     )
 
 
+def test_a_model_quantized_to_w4a8_already(model: nn.Module) -> None:
+    options: Any = {"precision": "w4a8", "n_grid": 2}
+    quantize_(model, mbq_config([build_batch("llava")], **options), progress=False)
+    with pytest.raises(ValueError, match=r"q_proj.weight is already quantized \(MBQW4A8Tensor\)"):
+        quantize_(model, mbq_config([build_batch("llava")], **options), progress=False)
+
+
+def test_a_scale_that_overflows_float16_loses_the_search() -> None:
+    weight, s = torch.full((4, 8), 60.0, dtype=torch.float16), torch.full((8,), 2000.0)
+    for precision in ("w3a16", "w4a8"):
+        quantizer = mbq_config([], precision=precision).quantizer()
+        output = nn.functional.linear(torch.ones(1, 8, dtype=torch.float16), quantizer.stand_in(weight, s))
+        assert not output.isfinite().any()
+        with pytest.raises(ValueError, match="holds NaN or infinite values"):
+            quantizer.quantize(weight, s)
+
+
 def test_linears_shared_between_modules(model: nn.Module) -> None:
     layers = model.get_decoder().layers
     layers[1].mlp.up_proj = layers[0].mlp.up_proj
