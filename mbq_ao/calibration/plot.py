@@ -79,7 +79,8 @@ def _plot_gain(axes: Axes, series: dict[str, list[tuple[int, GroupReport]]]) -> 
     axes.axhline(1.0, color="black", lw=0.8, alpha=0.4)
     axes.set(xlabel="decoder layer", ylabel="loss / loss of plain rounding", ylim=(0, 1.05 * highest))
     axes.set_title("What the scales leave of the rounding error", fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    if series:  # a recipe may scale nothing
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
     _tidy(axes)
 
 
