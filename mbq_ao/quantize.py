@@ -156,7 +156,7 @@ def mbq_config(
         To reproduce the paper on several samples, pass them as one padded batch, as its code does.
         "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
         same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
-        balance=True, propagate_error=True and any n_grid are refused, and `loss` is only what is reported.
+        balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.
     balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens. None is
         True, and False for "smoothquant".
     loss: "mae" or "mse", the search's distance between outputs (the paper prefers mae).
