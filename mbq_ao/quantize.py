@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,9 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from mbq_ao.config import Int3WeightOnlyConfig
+from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig
 from mbq_ao.int3_tensor import MBQInt3Tensor
+from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
 if TYPE_CHECKING:
     from mbq_ao.calibration.fold import ScaleGroup
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from mbq_ao.calibration.settings import CalibrationSettings
 
 FilterFn = Callable[[nn.Module, str], bool]
-_RECIPES = ("best", "paper")
+_RECIPES = ("best", "paper", "smoothquant")
 _LOSSES = ("mae", "mse")
 
 
@@ -30,10 +31,10 @@ class MBQConfig(AOBaseConfig):
     """What `mbq_config` returns; its docstring says what the fields mean."""
 
     calib_data: Iterable[Mapping[str, Any]] = field(repr=False)
-    precision: str = "w3a16"
-    group_size: int | None = 128
-    recipe: Literal["best", "paper"] = "best"
-    balance: bool = True
+    precision: Literal["w3a16", "w4a8"] = "w3a16"
+    group_size: int | Literal["auto"] | None = "auto"
+    recipe: Literal["best", "paper", "smoothquant"] = "best"
+    balance: bool | None = None
     loss: Literal["mae", "mse"] = "mae"
     propagate_error: bool = False
     n_grid: int = 20
@@ -47,9 +48,20 @@ class MBQConfig(AOBaseConfig):
         _one_of("loss", self.loss, _LOSSES)
         if not isinstance(self.n_grid, int) or self.n_grid < 1:
             raise ValueError(f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20")
-        self.quantizer()  # raises for a group size that the precision does not have
+        searches = self.recipe != "smoothquant"
+        if not searches and (self.balance or self.propagate_error or self.n_grid != MBQConfig.n_grid):
+            raise ValueError(
+                'recipe="smoothquant" searches nothing: leave out balance, propagate_error and n_grid, '
+                f"got {self.balance!r}, {self.propagate_error!r} and {self.n_grid!r}"
+            )
+        self.balance = searches if self.balance is None else self.balance
+        kind = _QUANTIZERS[self.precision]
+        rounding = kind.rounding(**({} if self.group_size == "auto" else {"group_size": self.group_size}))
+        in_groups = self.recipe != "paper" or kind.published_in_groups
+        self.group_size = rounding.group_size if in_groups else None
 
-    def quantizer(self) -> Int3WeightQuantizer:
+    def quantizer(self) -> W3A16Quantizer | W4A8Quantizer:
+        assert not isinstance(self.group_size, str)  # resolved when this was made
         return _QUANTIZERS[self.precision](self.group_size)
 
     def settings(self) -> CalibrationSettings:
@@ -57,7 +69,7 @@ class MBQConfig(AOBaseConfig):
 
         return CalibrationSettings(
             recipe=RECIPES[self.recipe],
-            balance=self.balance,
+            balance=bool(self.balance),
             loss=self.loss,
             propagate_error=self.propagate_error,
             n_grid=self.n_grid,
@@ -68,31 +80,58 @@ class MBQConfig(AOBaseConfig):
 
 
 @dataclass(frozen=True)
-class Int3WeightQuantizer:
-    """W3A16: what calibration knows of the tensor it calibrates for."""
+class W3A16Quantizer:
+    """What calibration knows of the tensor it calibrates for: a WeightQuantizer of calibration/settings.py."""
+
+    rounding: ClassVar = Int3WeightOnlyConfig  # the same tensor by plain rounding; has the default group size
+    published_in_groups: ClassVar = True  # whether the published code heeds a group size
 
     group_size: int | None
 
-    def __post_init__(self) -> None:
-        Int3WeightOnlyConfig(group_size=self.group_size)
+    def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        rounded = MBQInt3Tensor.fake_quantize(_scaled(weight, s), self.group_size)
+        return rounded if s is None else rounded / s.to(weight.dtype)
 
-    def fake_quantize(self, weight: Tensor) -> Tensor:
-        return MBQInt3Tensor.fake_quantize(weight, self.group_size)
-
-    def quantize(self, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
-        return MBQInt3Tensor.from_hp(weight, self.group_size, act_pre_scale=act_pre_scale)
+    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        return MBQInt3Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
 
 
-_QUANTIZERS = {"w3a16": Int3WeightQuantizer}
+@dataclass(frozen=True)
+class W4A8Quantizer:
+    """As W3A16Quantizer. The rounding of activations cannot be put into a plain weight: the tensor is its stand-in."""
+
+    rounding: ClassVar = Int8DynamicActivationInt4WeightMBQConfig
+    published_in_groups: ClassVar = False
+
+    group_size: int | None
+
+    def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        # Where W s overflows float16 the scale is to lose the search, not to end it.
+        return self.quantize(weight, s) if _scaled(weight, s).isfinite().all() else torch.full_like(weight, torch.nan)
+
+    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        return MBQW4A8Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
+
+
+def _scaled(weight: Tensor, s: Tensor | None) -> Tensor:
+    return weight if s is None else (weight.float() * s).to(weight.dtype)
+
+
+def _inverse(weight: Tensor, s: Tensor | None) -> Tensor | None:
+    """1 / s, or what float16 has nearest to it."""
+    return None if s is None else (1 / s).clamp(max=torch.finfo(weight.dtype).max).to(weight.dtype)
+
+
+_QUANTIZERS: dict[str, type[W3A16Quantizer] | type[W4A8Quantizer]] = {"w3a16": W3A16Quantizer, "w4a8": W4A8Quantizer}
 
 
 def mbq_config(
     calib_data: Iterable[Mapping[str, Any]],
     *,
-    precision: str = "w3a16",
-    group_size: int | None = 128,
-    recipe: Literal["best", "paper"] = "best",
-    balance: bool = True,
+    precision: Literal["w3a16", "w4a8"] = "w3a16",
+    group_size: int | Literal["auto"] | None = "auto",
+    recipe: Literal["best", "paper", "smoothquant"] = "best",
+    balance: bool | None = None,
     loss: Literal["mae", "mse"] = "mae",
     propagate_error: bool = False,
     n_grid: int = 20,
@@ -106,13 +145,20 @@ def mbq_config(
         answer, with `labels` (B, T), -100 on every token that is not answer. `vision_mask` and
         `answer_mask`, bool (B, T), override what is found from the model's config and from the labels.
         It is read once; batches may differ in length.
-    precision: "w3a16", 3-bit weights with an asymmetric grid, activations as they are.
-    group_size: 32, 64 or 128 input channels share a scale; None: one scale a row.
+    precision: "w3a16", 3-bit weights with an asymmetric grid, activations as they are. "w4a8", 4-bit weights with a
+        symmetric grid, and activations rounded to 8 bits as they come, one scale a token.
+    group_size: 32, 64 or 128 input channels share a scale; None: one scale a row. "auto" is 128 for w3a16 and None
+        for w4a8. The published code knows no groups for w4a8: there recipe="paper" has one scale a row, whatever
+        is given. `group_size` of the config returned is what was decided.
     recipe: "best" is the corrected calibration. "paper" computes what the published code computes, number
         for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
         scaled only where v_proj has its shape, and what no producer can take is not scaled.
         To reproduce the paper on several samples, pass them as one padded batch, as its code does.
-    balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens.
+        "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
+        same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
+        balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.
+    balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens. None is
+        True, and False for "smoothquant".
     loss: "mae" or "mse", the search's distance between outputs (the paper prefers mae).
     propagate_error: calibrate every block on the output of the quantized blocks before it.
     n_grid: exponents tried for each scale.
@@ -148,7 +194,7 @@ def quantize_(
     """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
 
     With `mbq_config(calib_data)`: calibrates, then turns the linears of the language model's decoder
-    layers into MBQInt3Tensor weights, and returns the report. Any other config is handed to torchao's
+    layers into MBQInt3Tensor or MBQW4A8Tensor weights, and returns the report. Any other config is handed to torchao's
     own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.

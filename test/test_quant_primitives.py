@@ -9,12 +9,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from mbq_ao.kernels.reference import quantize_tokens
 from mbq_ao.quant_primitives import (
     choose_qparams_affine,
+    choose_scale_symmetric,
     dequantize_affine,
     fake_quantize_affine,
     num_groups,
     quantize_affine,
+    quantize_symmetric,
 )
 
 GOLDENS = load_file(pathlib.Path(__file__).parent / "goldens" / "quant_unit.safetensors")
@@ -34,6 +37,20 @@ def test_agrees_bit_for_bit_with_the_published_quantizer(name: str, group_size: 
     expected = GOLDENS[f"b{num_bits}_{name}"]
     assert torch.equal(round_trip(GOLDENS["x"], group_size, num_bits), expected)
     assert torch.equal(fake_quantize_affine(GOLDENS["x"], group_size=group_size, num_bits=num_bits), expected)
+
+
+@pytest.mark.parametrize(("name", "group_size"), [("g128", 128), ("row", 256)])
+def test_the_symmetric_one_agrees_bit_for_bit(name: str, group_size: int) -> None:
+    w = GOLDENS["x"]
+    scale = choose_scale_symmetric(w, group_size=group_size)
+    q = quantize_symmetric(w, scale, group_size=group_size)
+    rounded = dequantize_affine(q, scale, None, group_size=group_size, dtype=w.dtype)
+    assert torch.equal(rounded, GOLDENS[f"b4_sym_{name}"])
+
+
+def test_tokens_agree_bit_for_bit() -> None:
+    q, d = quantize_tokens(GOLDENS["x"].view(2, 6, 256))
+    assert torch.equal(q * d, GOLDENS["tokens_b8"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

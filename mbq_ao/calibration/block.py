@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
 from mbq_ao.calibration.report import GroupReport
-from mbq_ao.calibration.scale_search import Example, search_scale, token_weights
+from mbq_ao.calibration.scale_search import Example, grid_scales, search_scale, smooth_scales, token_weights
 from mbq_ao.calibration.settings import CalibrationSettings, Masks
 
 
@@ -59,18 +59,21 @@ class BlockCalibrator:
             Example(seen.call, target.output, weight)
             for seen, target, weight in zip(calls, clean, weights, strict=True)
         ]
-        statistic = group.row_map.tie(mean_abs([seen.x for seen in calls], self.masks.counted))
         prefix = f"{inspect}." if inspect else ""
         originals = {n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears}
         candidates = {f"{n}.weight" if n else "weight": m.weight for n, m in originals.items() if self._is_selected(m)}
 
         def candidate(s: Tensor) -> dict[str, Tensor]:
-            return {n: self._stand_in(w, s) / s.to(w.dtype) for n, w in candidates.items()}
+            return {n: self.settings.quantizer.stand_in(w, s) for n, w in candidates.items()}
 
+        inputs, alpha = [seen.x for seen in calls], self.settings.recipe.smooth_alpha
+        if alpha is None:
+            statistic = group.row_map.tie(mean_abs(inputs, self.masks.counted))
+            scales = grid_scales(statistic, self.settings.n_grid)
+        else:
+            scales = smooth_scales(max_abs(inputs, self.masks.counted), list(candidates.values()), alpha)
         try:
-            found = search_scale(
-                module, examples, statistic, candidate, loss=self.settings.loss, n_grid=self.settings.n_grid
-            )
+            found = search_scale(module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None)
         except ValueError as error:
             raise ValueError(f"{self.name}, group {', '.join(group.linears)}: {error}") from error
         self.scalings.append(Scaling(group, found.s))
@@ -88,9 +91,6 @@ class BlockCalibrator:
 
     def _is_selected(self, module: nn.Module) -> bool:
         return any(module is linear for linear in self.linears.values())
-
-    def _stand_in(self, weight: Tensor, s: Tensor) -> Tensor:
-        return self.settings.quantizer.fake_quantize((weight.float() * s).to(weight.dtype))
 
     def _capture(self, group: ScaleGroup, parameters: dict[str, Tensor], *, distorted: bool) -> list[Seen]:
         """Run the block on every batch and record the call of the compared module and the group's input."""
@@ -117,16 +117,12 @@ class BlockCalibrator:
 
     @torch.no_grad()
     def served_parameters(self) -> dict[str, Tensor]:
-        """The block's parameters as it will serve, in high precision: folded so far, and fake-quantized."""
+        """The block's parameters as it will serve: folded so far, and stand-ins for all its quantized weights."""
         parameters = folded_parameters(self.block, self.scalings)
         pre_scaled = activation_scales(self.scalings)
         for name, linear in self.linears.items():
             weight = parameters.get(f"{name}.weight", linear.weight)
-            if name in pre_scaled:
-                s = pre_scaled[name]
-                parameters[f"{name}.weight"] = self._stand_in(weight, s) / s.to(weight.dtype)
-            else:
-                parameters[f"{name}.weight"] = self.settings.quantizer.fake_quantize(weight)
+            parameters[f"{name}.weight"] = self.settings.quantizer.stand_in(weight, pre_scaled.get(name))
         return parameters
 
     @torch.no_grad()
@@ -136,12 +132,9 @@ class BlockCalibrator:
         pre_scaled = activation_scales(self.scalings)
         result = []
         for name, linear in self.linears.items():
-            weight, pre_scale = folded.pop(f"{name}.weight", linear.weight.detach()), None
-            if name in pre_scaled:
-                s = pre_scaled[name]
-                weight, pre_scale = (weight.float() * s).to(weight.dtype), (1 / s).to(weight.dtype)
+            weight = folded.pop(f"{name}.weight", linear.weight.detach())
             try:
-                result.append((linear, "weight", self.settings.quantizer.quantize(weight, pre_scale)))
+                result.append((linear, "weight", self.settings.quantizer.quantize(weight, pre_scaled.get(name))))
             except ValueError as error:
                 raise ValueError(f"{self.name}.{name}: {error}") from error
         for name, value in folded.items():
@@ -175,13 +168,23 @@ class Seen:
 
 
 def mean_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
-    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
+    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches."""
+    selected = _counted_tokens(inputs, counted)
+    total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
+    return total / sum(x.shape[0] for x in selected)
+
+
+def max_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
+    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches."""
+    return torch.stack([x.abs().amax(0) for x in _counted_tokens(inputs, counted) if len(x)]).amax(0).float()
+
+
+def _counted_tokens(inputs: list[Tensor], counted: list[Tensor]) -> list[Tensor]:
+    """(tokens, in_features) a batch.
 
     Of another sequence than the text (the image that cross-attention reads) every token counts.
     """
-    selected = [
+    return [
         x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)
         for x, mask in zip(inputs, counted, strict=True)
     ]
-    total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
-    return total / sum(x.shape[0] for x in selected)

@@ -9,7 +9,7 @@ Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", 
 
 `calibrate` never changes the model. It returns a Plan, whose `apply` sets all new parameters or none,
 so a failure or Ctrl-C at any point leaves the model as it was. The price is that the packed weights
-lie beside the original ones until the end: 3.25 bits a weight at group size 128.
+lie beside the original ones until the end: 3.25 bits a weight for w3a16 at group size 128, 4 for w4a8.
 
 Memory beyond the model (and `device`), at the peak at most:
 
@@ -208,6 +208,8 @@ def _unshared(
 def _is_scaled(group: ScaleGroup, block: nn.Module, recipe: Recipe) -> bool:
     if group.producer is None:
         return recipe.pre_scale_unfolded
+    if recipe.norms_only and group.fold == "rows":
+        return False
     if recipe.tie_shared_rows or not group.mixes_tokens:
         return True
     # The published code scales o_proj only if v_proj has the very same shape.

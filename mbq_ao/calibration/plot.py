@@ -29,7 +29,7 @@ def plot_report(report: CalibrationReport) -> Figure:
     settings = report.settings
     if settings:
         figure.suptitle(
-            f"MBQ calibration: {settings['precision']}, group size {settings['group_size'] or 'row'}, "
+            f"Calibration: {settings['precision']}, group size {settings['group_size'] or 'row'}, "
             f"recipe {settings['recipe']}, loss {settings['loss']}",
             fontsize=11,
             x=0.01,
@@ -70,14 +70,17 @@ def _plot_sensitivity(axes: Axes, series: dict[str, list[tuple[int, GroupReport]
 
 
 def _plot_gain(axes: Axes, series: dict[str, list[tuple[int, GroupReport]]]) -> None:
+    highest = 1.0  # above 1 where a scale was taken without a search
     for color, (label, points) in zip(_COLORS, series.items(), strict=False):
         kept = [(i, g.loss / g.loss_rtn) for i, g in points if g.loss_rtn]
         if kept:
             axes.plot(*zip(*kept, strict=True), color=color, lw=1.8, marker="o", ms=3.5, label=label)
+            highest = max(highest, *(ratio for _, ratio in kept))
     axes.axhline(1.0, color="black", lw=0.8, alpha=0.4)
-    axes.set(xlabel="decoder layer", ylabel="loss / loss of plain rounding", ylim=(0, 1.05))
-    axes.set_title("What the searched scales leave of the rounding error", fontsize=10, loc="left")
-    axes.legend(frameon=False, fontsize=8, loc="lower left")
+    axes.set(xlabel="decoder layer", ylabel="loss / loss of plain rounding", ylim=(0, 1.05 * highest))
+    axes.set_title("What the scales leave of the rounding error", fontsize=10, loc="left")
+    if series:  # a recipe may scale nothing
+        axes.legend(frameon=False, fontsize=8, loc="lower left")
     _tidy(axes)
 
 

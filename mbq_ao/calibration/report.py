@@ -17,8 +17,8 @@ class GroupReport:
 
     linears, producer, fold: names relative to `block`; fold "act_pre_scale" if the scale stays on the
     quantized tensors, "none" if the group is not scaled.
-    alpha: the exponent found (0 is plain rounding). losses: one per grid point; loss_rtn is that of
-    alpha = 0, loss the best. sensitivity: the factor r on vision tokens, None if the balance is off.
+    alpha: the exponent taken (0 is plain rounding). losses: one per scale tried; loss_rtn is that of
+    alpha = 0, loss that of `alpha`. sensitivity: the factor r on vision tokens, None if the balance is off.
     sensitivity_raw: r before the median floor.
     """
 
@@ -39,7 +39,7 @@ class CalibrationReport:
     """Result of `quantize_`. `print(report)` shows a table; see also records(), to_json() and plot().
 
     groups: one record a scale group, in the order in which the model runs them.
-    not_scaled: linears that are quantized by plain rounding because nothing takes their scale.
+    not_scaled: linears that are quantized by plain rounding because nothing takes their scale, or the recipe has none.
     not_quantized: linears inside the blocks that filter_fn left out, and other weights found there.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     nbytes_before, nbytes_after: bytes of the quantized linears' weights.
@@ -100,8 +100,9 @@ class CalibrationReport:
             f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), calibrated in {self.seconds:.0f} s"
         ]
         if gains:
+            gain = sum(gains) / len(gains)
             lines.append(
-                f"search loss {100 * sum(gains) / len(gains):.0f}% below plain rounding on average; "
+                f"search loss {100 * abs(gain):.0f}% {'below' if gain >= 0 else 'above'} plain rounding on average; "
                 f"logits moved by {self.logits_error:.1e} (relative) through folding alone"
             )
         if self.not_scaled:

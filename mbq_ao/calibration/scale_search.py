@@ -1,8 +1,8 @@
-"""Search the channel scale s of one group: the modality-balanced loss, and the grid.
+"""Search the channel scale s of one group: the scales to try, and the modality-balanced loss.
 
     argmin_s  sum_t  w_t * | W x_t - Q(W s) s^-1 x_t |_p        (equation 5 of the paper; p = 1, "mae")
 
-with a weight w_t for every token:
+where W4A8 rounds s^-1 x_t too, with a weight w_t for every token:
 
     balanced "mae"   answer: 1 / ((n_a + n_v) C)      vision: r / ((n_a + n_v) C)
     balanced "mse"   answer: 1 / (n_a C)              vision: r / (n_v C)
@@ -13,11 +13,14 @@ weighted sum, so there is one loss function. In the balanced losses prompt text 
 
 The grid: s = mean|x|^(k / n_grid), normalised by sqrt(max s * min s), k = 0 .. n_grid - 1. k = 0 is
 s = 1, plain rounding; an equal loss does not replace an earlier one, so s = 1 stays where nothing is better.
+
+SmoothQuant (Xiao et al., arXiv 2211.10438) does not search: s = max|x|^alpha / max|W|^(1 - alpha), by channel. It goes
+the same way with two scales to try, s = 1 and its own, of which the last is taken.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,7 +48,7 @@ class Example:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """s: (in_features,) the best scale. losses: one per grid point; losses[0] is that of s = 1."""
+    """s: (in_features,) the scale taken. losses: one per scale tried; losses[0] is that of s = 1."""
 
     s: Tensor
     alpha: float
@@ -82,33 +85,48 @@ def _count(masks: list[Tensor]) -> int:
 def search_scale(
     module: nn.Module,
     examples: list[Example],
-    statistic: Tensor,
+    scales: Sequence[tuple[float, Tensor]],
     candidate: Callable[[Tensor], dict[str, Tensor]],
     *,
     loss: Loss,
-    n_grid: int,
+    choose: bool = True,
 ) -> SearchResult:
-    """Try every s of the grid and keep the best. The module is not changed.
+    """Try every scale and keep the best, or with choose=False the last. The module is not changed.
 
-    module: whose output is compared. statistic: (in_features,) mean |x| per channel.
+    module: whose output is compared. scales: (alpha, s of shape (in_features,)) to try, s = 1 first.
     candidate: s -> the module's parameters (name -> value) that stand for the quantized ones.
     Raises ValueError if the loss is not finite for s = 1.
     """
     examples = _as_chunks(module, examples)
     losses: list[float] = []
     best = 0
-    best_s = torch.ones_like(statistic)
-    for k in range(n_grid):
-        s = scale_at(statistic, k / n_grid)
+    for index, (_, s) in enumerate(scales):
         parameters = candidate(s)
-        # One transfer to the host for a grid point, not one for an example.
+        # One transfer to the host for a scale, not one for an example.
         total = torch.stack([_weighted_error(e, e.call.run(module, parameters), loss) for e in examples]).sum().item()
-        if k == 0 and not torch.isfinite(torch.tensor(total)):
+        if index == 0 and not torch.isfinite(torch.tensor(total)):
             raise ValueError("the search loss is not finite: NaN or inf in the activations or weights")
         losses.append(total)
-        if total < losses[best]:
-            best, best_s = k, s
-    return SearchResult(best_s, best / n_grid, losses, best)
+        if total < losses[best] or not choose:
+            best = index
+    alpha, s = scales[best]
+    return SearchResult(s, alpha, losses, best)
+
+
+def grid_scales(statistic: Tensor, n_grid: int) -> list[tuple[float, Tensor]]:
+    """(alpha, s) for every point of the grid.  statistic: (in_features,) mean |x| per channel."""
+    return [(k / n_grid, scale_at(statistic, k / n_grid)) for k in range(n_grid)]
+
+
+def smooth_scales(peak: Tensor, weights: Sequence[Tensor], alpha: float) -> list[tuple[float, Tensor]]:
+    """(0, s = 1) and (alpha, SmoothQuant's s), as published, clamps included.
+
+    peak: (in_features,) fp32, max |x| per channel.  weights: (out_features, in_features) each, of those linears that
+    read x and are to be quantized.
+    """
+    weight_peak = torch.stack([w.abs().amax(0).float() for w in weights]).amax(0).clamp(min=1e-5)
+    s = (peak.pow(alpha) / weight_peak.pow(1 - alpha)).clamp(min=1e-5)
+    return [(0.0, torch.ones_like(s)), (alpha, s)]
 
 
 def scale_at(statistic: Tensor, alpha: float) -> Tensor:

@@ -15,28 +15,44 @@ from mbq_ao.calibration.scale_search import Loss
 
 
 class WeightQuantizer(Protocol):
-    """How one weight is quantized; the search and the final model go through the same object."""
+    """How one weight is quantized; the search and the final model go through the same object.
 
-    def fake_quantize(self, weight: Tensor) -> Tensor:
-        """What the quantized weight stands for, as a plain tensor."""
+    weight: (out_features, in_features).  s: (in_features,), or None for a weight that is not scaled, or is already.
+    """
 
-    def quantize(self, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
-        """The tensor that will serve."""
+    def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        """For the search: with it the linear computes on x what the quantized one, with W s, will compute on x / s."""
+
+    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        """The tensor that will serve: W s quantized, and 1 / s as its `act_pre_scale`.
+
+        Raises ValueError where it cannot hold them.
+        """
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Where the published code and what we hold to be right differ. See RECIPES."""
+    """Where the published code, what we hold to be right, and SmoothQuant differ. See RECIPES."""
 
     count_padding: bool  # padding takes part in mean|x| and in the unbalanced loss
     shift_answers: bool  # count the positions that predict an answer token, not the answer's own
     tie_shared_rows: bool  # scale o_proj under grouped-query attention, one s for all heads of a value head
     pre_scale_unfolded: bool  # where nothing takes 1/s, keep it as act_pre_scale instead of not scaling
+    norms_only: bool = False  # scale nothing but what a norm produces
+    smooth_alpha: float | None = None  # take SmoothQuant's s with this exponent instead of searching one
 
 
 RECIPES = {
     "paper": Recipe(count_padding=True, shift_answers=False, tie_shared_rows=False, pre_scale_unfolded=False),
     "best": Recipe(count_padding=False, shift_answers=True, tie_shared_rows=True, pre_scale_unfolded=True),
+    "smoothquant": Recipe(
+        count_padding=False,
+        shift_answers=True,
+        tie_shared_rows=True,
+        pre_scale_unfolded=False,
+        norms_only=True,
+        smooth_alpha=0.5,
+    ),
 }
 
 

@@ -1,7 +1,7 @@
 """The main job on real input: load a VLM, calibrate, quantize, compare, save, reload.
 
-The comparison is the same questions for full precision, plain rounding (RTN) and MBQ, asked one by one
-in the model's chat template. Small differences need more images than the default: look at the error
+The comparison is the same questions for full precision, plain rounding (RTN), for W4A8 SmoothQuant, and MBQ, asked one
+by one in the model's chat template. Small differences need more images than the default: look at the error
 column before you conclude anything (`--images 1000` asks all 9,673 test questions).
 """
 
@@ -14,20 +14,25 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchao.core.config import AOBaseConfig
 
 import mbq_ao
 from mbq_ao.demo.data import calibration_batches, group_by_image, load_easy_vqa
 from mbq_ao.demo.evaluate import Evaluation, answer, evaluate
 from mbq_ao.demo.model import build_demo_vlm
+from mbq_ao.kernels.reference import quantize_tokens
+from mbq_ao.packed_weight import PackedWeight
 
 _WEIGHTS = "model.pt"
+_LABELS = {"w3a16": "W3", "w4a8": "W4A8"}
 
 
 @dataclass
@@ -44,7 +49,8 @@ def run_demo(
     model_name: str | None = None,
     num_samples: int = 16,
     num_images: int = 80,
-    group_size: int | None = 64,
+    precision: Literal["w3a16", "w4a8"] = "w3a16",
+    group_size: int | Literal["auto"] | None = "auto",
     recipe: Literal["best", "paper"] = "best",
     seed: int = 0,
     output: Path = Path("demo_output"),
@@ -52,6 +58,7 @@ def run_demo(
     """Run the demo and write report.json, report.png, results.json and the quantized model to `output`.
 
     model_name: hub name or local path of any transformers VLM; None: the small one that comes with the package.
+    precision, group_size, recipe: as in mbq_config.
     Raises ImportError naming what to install if the demo's packages are missing.
     """
     began = time.perf_counter()
@@ -74,21 +81,27 @@ def run_demo(
     rows = [measure("full precision", model)]
     answers = {"full precision": answer(model, processor, example.image, example.question)}
 
-    rounded = copy.deepcopy(model)
-    names = decoder_linears(rounded)
-    with step("rounding to 3 bits (RTN)"):
-        mbq_ao.quantize_(rounded, mbq_ao.Int3WeightOnlyConfig(group_size=group_size), lambda m, fqn: fqn in names)
-    rows.append(measure("W3 RTN", rounded))
-    answers["W3 RTN"] = answer(rounded, processor, example.image, example.question)
-    del rounded
+    label, names = _LABELS[precision], decoder_linears(model)
+    config = mbq_ao.mbq_config(calibration, precision=precision, group_size=group_size, recipe=recipe)
+    quantizer = config.quantizer()
+    baselines: dict[str, AOBaseConfig] = {f"{label} RTN": quantizer.rounding(group_size=quantizer.group_size)}
+    if precision == "w4a8":
+        baselines[f"{label} SmoothQuant"] = replace(config, recipe="smoothquant", balance=None)
+    for name, baseline in baselines.items():
+        candidate = copy.deepcopy(model)
+        with step(f"quantizing: {name}"):
+            mbq_ao.quantize_(candidate, baseline, lambda module, fqn: fqn in names, progress=False)
+        rows.append(measure(name, candidate))
+        answers[name] = answer(candidate, processor, example.image, example.question)
+        del candidate
 
     print(f"quantize_(model, mbq_config(calib_data)) with {num_samples} image-question pairs:")
-    config = mbq_ao.mbq_config(calibration, group_size=group_size, recipe=recipe)
     report = mbq_ao.quantize_(model, config)
     assert report is not None
     print(report)
-    rows.append(measure("W3 MBQ", model))
-    answers["W3 MBQ"] = answer(model, processor, example.image, example.question)
+    name = f"{label} MBQ"
+    rows.append(measure(name, model))
+    answers[name] = answer(model, processor, example.image, example.question)
 
     output.mkdir(parents=True, exist_ok=True)
     with step(f"saving to {output}/, loading again, comparing logits"):
@@ -100,7 +113,7 @@ def run_demo(
     print(f"\n{format_table(rows)}\n")
     print(f"Q: {example.question}   (expected: {example.answer})")
     for name, text in answers.items():
-        print(f"   {name:<15} {text}")
+        print(f"   {name:<17} {text}")
     print(f"\nPicture of the calibration: {output / 'report.png'}. Whole demo: {time.perf_counter() - began:.0f} s.")
     return rows
 
@@ -139,17 +152,26 @@ def decoder_linears(model: nn.Module) -> set[str]:
 def unpacked_once(model: nn.Module) -> nn.Module:
     """A copy for evaluation on a CPU that does not unpack its weights over and over.
 
-    There the kernel unpacks a weight at every call and hands it to F.linear; here it is unpacked beforehand.
-    Weights with an act_pre_scale stay packed, as moving the factor would change the rounding.
+    There the kernels unpack a weight at every call and hand it to F.linear; here it is unpacked beforehand. Packed stay
+    weights with an act_pre_scale of W3A16, as moving the factor would change the rounding, and of W4A8 in 16 bits,
+    where integers are multiplied.
     """
     if next(model.parameters()).device.type != "cpu":
         return model
     model = copy.deepcopy(model)
     for module in model.modules():
         weight = getattr(module, "weight", None)
-        if isinstance(weight, mbq_ao.MBQInt3Tensor) and weight.act_pre_scale is None:
-            module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
+        if isinstance(weight, mbq_ao.MBQW4A8Tensor) and weight.dtype == torch.float32:
+            module.register_forward_pre_hook(partial(_round_tokens, weight.act_pre_scale))
+        elif not isinstance(weight, mbq_ao.MBQInt3Tensor) or weight.act_pre_scale is not None:
+            continue
+        module.weight = nn.Parameter(weight.dequantize(), requires_grad=False)
     return model
+
+
+def _round_tokens(act_pre_scale: Tensor | None, module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    q, d = quantize_tokens(args[0], act_pre_scale)
+    return (q * d,)
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -159,7 +181,7 @@ def count_parameters(model: nn.Module) -> int:
 def nbytes(model: nn.Module) -> int:
     """Bytes of all parameters; tied ones count once."""
     return sum(
-        p.quantized_nbytes() if isinstance(p, mbq_ao.MBQInt3Tensor) else p.numel() * p.element_size()
+        p.quantized_nbytes() if isinstance(p, PackedWeight) else p.numel() * p.element_size()
         for p in model.parameters()
     )
 

@@ -1,10 +1,14 @@
 """W4A8 on a CPU, and on whatever else has no kernel: the weight unpacked, and a matmul of integers.
 
-Sums of integers are exact either way, so the result does not depend on which way was taken, or on the threads:
+Sums of integers are exact, so in 16 bits the result does not depend on which way was taken, or on the threads:
 
     torch._int_mm      int8 x int8 -> int32, on CPUs with instructions for it. On others torch has a plain loop, 36
                        times slower than its fp32 matmul (2048 x 2048, 256 rows, AVX2).
     fp32 matmul        of whole numbers: exact as long as a sum stays below 2^24, so in parts of 16,384 columns
+
+With x in fp32 the rounded x and the rounded weight are multiplied as they are, in fp32: the arithmetic in which the
+published code simulates W4A8. Nothing else reproduces its numbers, because a difference in the last bit moves some
+value of the next layer to the other side of a rounding, by a whole step of 8 bits, and so on from layer to layer.
 """
 
 import functools
@@ -13,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mbq_ao.kernels.int4_layout import unpack_int4
-from mbq_ao.kernels.reference import as_rows, quantize_tokens
+from mbq_ao.kernels.reference import as_rows, int4_dequantize_reference, quantize_tokens
 
 _EXACT_COLUMNS = 1 << 14  # 127 * 8 * 2^14 < 2^24
 
@@ -24,6 +28,10 @@ def w4a8_linear_cpu(
     """`w4a8_ops.w4a8_linear`; arguments as checked there."""
     n, k = scale.shape[0], x.shape[-1]
     xq, d = quantize_tokens(as_rows(x), act_pre_scale)
+    if x.dtype == torch.float32 and _fits_fp32(d, scale, k):
+        weight = int4_dequantize_reference(qdata, scale, k, group_size, torch.float32)
+        y = torch.nn.functional.linear(xq * d, weight, None if bias is None else bias.float())
+        return y.view(*x.shape[:-1], n)
     q = unpack_int4(qdata, n, k)
     if scale.shape[1] == 1:
         y = sum_products(xq, q).mul_(scale[:, 0].float())
@@ -36,6 +44,14 @@ def w4a8_linear_cpu(
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], n)
+
+
+def _fits_fp32(d: Tensor, scale: Tensor, k: int) -> bool:
+    """Whether finite tokens, dequantized, are finite, and sums of their products with weights, in any order."""
+    if d.numel() * scale.numel() == 0:
+        return False
+    largest = 128 * d.double().nan_to_num(0.0, 0.0, 0.0).amax()
+    return bool(largest * max(1.0, 8 * k * float(scale.abs().amax())) < torch.finfo(torch.float32).max)
 
 
 def sum_products(xq: Tensor, q: Tensor) -> Tensor:

@@ -7,7 +7,7 @@
 What each computes is reference.py. Which code computes it:
 
     CUDA, compute capability 8.0 or newer, with triton    w4a8_gemm.py, on integer tensor cores
-    everything else                                       w4a8_cpu.py: unpack, and a matmul of integers
+    everything else                                       w4a8_cpu.py: unpack, and a matmul of integers, or in fp32
 """
 
 from collections.abc import Sequence

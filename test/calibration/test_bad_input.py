@@ -54,6 +54,23 @@ searched on quantized weights; load the full-precision model again""",
     )
 
 
+def test_a_model_quantized_to_w4a8_already(model: nn.Module) -> None:
+    options: Any = {"precision": "w4a8", "n_grid": 2}
+    quantize_(model, mbq_config([build_batch("llava")], **options), progress=False)
+    with pytest.raises(ValueError, match=r"q_proj.weight is already quantized \(MBQW4A8Tensor\)"):
+        quantize_(model, mbq_config([build_batch("llava")], **options), progress=False)
+
+
+def test_a_scale_that_overflows_float16_loses_the_search() -> None:
+    weight, s = torch.full((4, 8), 60.0, dtype=torch.float16), torch.full((8,), 2000.0)
+    for precision in ("w3a16", "w4a8"):
+        quantizer = mbq_config([], precision=precision).quantizer()
+        output = nn.functional.linear(torch.ones(1, 8, dtype=torch.float16), quantizer.stand_in(weight, s))
+        assert not output.isfinite().any()
+        with pytest.raises(ValueError, match="holds NaN or infinite values"):
+            quantizer.quantize(weight, s)
+
+
 def test_linears_shared_between_modules(model: nn.Module) -> None:
     layers = model.get_decoder().layers
     layers[1].mlp.up_proj = layers[0].mlp.up_proj
@@ -153,8 +170,8 @@ def test_scale_groups_that_cannot_be_folded(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "text"),
     [
-        ("precision", "w2", "precision must be one of 'w3a16', got 'w2'"),
-        ("recipe", "awq", "recipe must be one of 'best', 'paper', got 'awq'"),
+        ("precision", "w2", "precision must be one of 'w3a16', 'w4a8', got 'w2'"),
+        ("recipe", "awq", "recipe must be one of 'best', 'paper', 'smoothquant', got 'awq'"),
         ("loss", "l1", "loss must be one of 'mae', 'mse', got 'l1'"),
         ("n_grid", 0, "n_grid must be an integer of at least 1, got 0; the paper uses 20"),
     ],
@@ -164,10 +181,23 @@ def test_unknown_choices(option: str, value: object, text: str) -> None:
         mbq_config([], **{option: value})
 
 
-def test_group_sizes_that_are_not_supported() -> None:
+@pytest.mark.parametrize("size", [100, "row", True])
+@pytest.mark.parametrize("options", [{}, {"precision": "w4a8"}, {"precision": "w4a8", "recipe": "paper"}])
+def test_group_sizes_that_are_not_supported(options: dict[str, Any], size: Any) -> None:
     with pytest.raises(ValueError) as caught:
-        mbq_config([], group_size=100)
-    assert "group_size" in str(caught.value) and "100" in str(caught.value) and "128" in str(caught.value)
+        mbq_config([], group_size=size, **options)
+    assert str(caught.value) == f"group_size must be 32, 64, 128 or None (one scale a row), got {size!r}"
+
+
+@pytest.mark.parametrize("option", [{"balance": True}, {"propagate_error": True}, {"n_grid": 5}])
+def test_smoothquant_refuses_what_concerns_a_search(option: dict[str, Any]) -> None:
+    with pytest.raises(ValueError) as caught:
+        mbq_config([], recipe="smoothquant", **option)
+    values = {"balance": None, "propagate_error": False, "n_grid": 20, **option}
+    assert str(caught.value) == (
+        'recipe="smoothquant" searches nothing: leave out balance, propagate_error and n_grid, '
+        "got {balance!r}, {propagate_error!r} and {n_grid!r}".format(**values)
+    )
 
 
 def test_torchao_refuses_a_calibration_config(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 
 from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
 from mbq_ao.calibration import mbq, sensitivity
+from mbq_ao.quantize import W3A16Quantizer, W4A8Quantizer
 
 
 def quantized(model: nn.Module) -> bool:
@@ -26,15 +27,44 @@ def interrupting(model: nn.Module, at_call: int) -> Callable[..., Any]:
 
 
 # In the capture, the sensitivity pass, the search of the second block (twice), and the check of the logits (twice).
+@pytest.mark.parametrize("precision", ["w3a16", "w4a8"])
 @pytest.mark.parametrize("at_call", [0, 1, 2, 5, 6, 7])
-def test_interrupted(model: nn.Module, at_call: int) -> None:
+def test_interrupted(model: nn.Module, at_call: int, precision: Any) -> None:
     handle = model.get_decoder().layers[1].register_forward_pre_hook(interrupting(model, at_call))
     before = snapshot(model)
+    config = mbq_config([build_batch("llava")], precision=precision, group_size=32, n_grid=2)
     with pytest.raises(KeyboardInterrupt):
-        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+        quantize_(model, config, progress=False)
     handle.remove()
     assert_unchanged(model, before)
     assert all(not m.training for m in model.modules())
+
+
+# The first search, the plan of the first block, and that of the last one.
+@pytest.mark.parametrize("at_call", [0, 14, 41])
+@pytest.mark.parametrize(("precision", "quantizer"), [("w3a16", W3A16Quantizer), ("w4a8", W4A8Quantizer)])
+def test_a_quantizer_that_fails(
+    model: nn.Module, precision: Any, quantizer: Any, at_call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(10**9))
+    before = snapshot(model)
+
+    def failing(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any) -> Any:
+            if next(calls) == at_call:
+                raise RuntimeError("CUDA out of memory")
+            return original(*args)
+
+        return call
+
+    # The stand-in of W4A8 is what will serve, so that it goes through `quantize` as well.
+    names = ("quantize",) if quantizer is W4A8Quantizer else ("stand_in", "quantize")
+    for name in names:
+        monkeypatch.setattr(quantizer, name, failing(getattr(quantizer, name)))
+    config = mbq_config([build_batch("llava")], precision=precision, group_size=32, n_grid=2)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
+        quantize_(model, config, progress=False)
+    assert_unchanged(model, before)
 
 
 def test_interrupted_while_the_plan_is_applied(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:

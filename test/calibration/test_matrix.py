@@ -21,13 +21,15 @@ from models import (
 )
 from torch import Tensor, nn
 
-from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
+from mbq_ao import MBQInt3Tensor, MBQW4A8Tensor, mbq_config, quantize_
 from mbq_ao.calibration.batch import collect_batches
 from mbq_ao.calibration.capture import capture_streams, find_blocks
 from mbq_ao.calibration.fold import ScaleGroup
 from mbq_ao.calibration.scale_groups import BlockProber
-from mbq_ao.quantize import Int3WeightQuantizer
+from mbq_ao.calibration.scale_search import SearchResult, search_scale
+from mbq_ao.quantize import W3A16Quantizer, W4A8Quantizer
 
+KINDS: Any = {"w3a16": MBQInt3Tensor, "w4a8": MBQW4A8Tensor}
 BLOCKS = {
     "smolvlm": "model.text_model.layers",
     "opt": "model.decoder.layers",
@@ -64,8 +66,9 @@ def describe_family(family: str, **changes: Any) -> str:
 pytestmark = pytest.mark.filterwarnings("ignore:no vision token found")
 
 
+@pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_quantize(family: str) -> None:
+def test_quantize(family: str, precision: Any) -> None:
     model = build_model(family)
     batches = [build_batch(family, 9), build_batch(family, 12, seed=2)]
     before = snapshot(model)
@@ -74,9 +77,10 @@ def test_quantize(family: str) -> None:
     with torch.no_grad():
         reference = model(**model_inputs(batches[0])).logits
 
-    report = quantize_(model, mbq_config(batches, group_size=32, n_grid=3), progress=False)
+    report = quantize_(model, mbq_config(batches, precision=precision, group_size=32, n_grid=3), progress=False)
 
     assert report is not None and report.groups
+    assert (report.settings["precision"], report.settings["group_size"]) == (precision, 32)
     linears = {
         f"{block}.{name}"
         for block, module in blocks.items()
@@ -87,7 +91,7 @@ def test_quantize(family: str) -> None:
     assert report.not_scaled == [] and report.not_quantized == []
     for name in linears:
         weight = model.get_submodule(name).weight
-        assert isinstance(weight, MBQInt3Tensor) and weight.block_size == [1, 32], name
+        assert isinstance(weight, KINDS[precision]) and weight.block_size == [1, 32], name
     # Folding alone changes nothing, so the scales are in the right places.
     assert report.logits_error < 1e-5
     # Every parameter that neither is quantized nor takes a fold is the same object with the same bits.
@@ -102,20 +106,81 @@ def test_quantize(family: str) -> None:
         logits = model(**model_inputs(batches[0])).logits
     assert logits.isfinite().all()
     error = ((logits - reference).norm() / reference.norm()).item()
-    assert 1e-3 < error < 0.9  # 3 bits on random weights: far from exact, and far from unrelated
+    assert 1e-3 < error < 0.9  # 3 or 4 bits on random weights: far from exact, and far from unrelated
     if family not in (*TEXT_ONLY, "mllama"):
         assert all(g.sensitivity is not None and g.sensitivity > 0 for g in report.groups)
 
 
+@pytest.mark.parametrize("precision", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_quantize_half_precision(dtype: torch.dtype) -> None:
+def test_quantize_half_precision(dtype: torch.dtype, precision: Any) -> None:
     model = build_model("qwen3_vl", dtype)
     batches = [float_inputs(build_batch("qwen3_vl", n, seed=n), dtype) for n in (9, 12)]
-    report = quantize_(model, mbq_config(batches, group_size=32, n_grid=3), progress=False)
+    config = mbq_config(batches, precision=precision, group_size=32, n_grid=3, propagate_error=precision == "w4a8")
+    report = quantize_(model, config, progress=False)
     assert report is not None and 0 < report.logits_error < 0.1
     assert {p.dtype for p in model.parameters()} == {dtype}
     with torch.no_grad():
         assert model(**model_inputs(batches[0])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "decided"),
+    [
+        ({}, 128),
+        ({"group_size": -1}, None),
+        ({"recipe": "paper", "group_size": 64}, 64),
+        ({"precision": "w4a8"}, None),
+        ({"precision": "w4a8", "group_size": 128}, 128),
+        ({"precision": "w4a8", "group_size": 128, "recipe": "paper"}, None),
+        ({"precision": "w4a8", "group_size": 32, "recipe": "smoothquant"}, 32),
+    ],
+)
+def test_the_group_size_decided(options: dict[str, Any], decided: int | None) -> None:
+    config = mbq_config([build_batch("llava")], **options)
+    assert config.group_size == decided
+    if config.precision == "w4a8":
+        model = build_model("llava")
+        report = quantize_(model, config, progress=False)
+        assert report is not None and report.settings["group_size"] == decided
+        assert model.get_decoder().layers[0].mlp.down_proj.weight.group_size == (decided or 128)
+
+
+@pytest.mark.parametrize("precision", KINDS)
+@pytest.mark.parametrize("names", ["gate_proj up_proj", "gate_proj", "down_proj"])
+@pytest.mark.parametrize("family", ["llava", "olmo2"])
+def test_the_loss_of_the_search_is_that_of_the_served_module(
+    family: str, names: str, precision: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a fold or an act_pre_scale, with and without linears that share s but are not quantized."""
+    model, batches = build_model(family), [build_batch(family, 9), build_batch(family, 12, seed=2)]
+
+    def take_the_last(*args: Any, **options: Any) -> SearchResult:  # which is not 1
+        return search_scale(*args, **{**options, "choose": False})
+
+    monkeypatch.setattr("mbq_ao.calibration.block.search_scale", take_the_last)
+    outputs: list[Tensor] = []
+
+    @torch.no_grad()
+    def mlp_outputs() -> Tensor:
+        outputs.clear()
+        handle = model.get_decoder().layers[0].mlp.register_forward_hook(lambda m, a, y: outputs.append(y[0]))
+        for batch in batches:
+            model(**model_inputs(batch))
+        handle.remove()
+        return torch.cat(outputs)
+
+    before = mlp_outputs()
+    chosen = lambda module, fqn: "layers.0." in fqn and fqn.rpartition(".")[2] in names.split()  # noqa: E731
+    config = mbq_config(batches, precision=precision, group_size=32, n_grid=5, balance=False, filter_fn=chosen)
+    report = quantize_(model, config, progress=False)
+    assert report is not None
+    (group,) = report.groups
+    assert (group.fold == "act_pre_scale") == (family == "olmo2" and names != "down_proj") and group.alpha == 0.8
+    assert (before - mlp_outputs()).abs().mean().item() == pytest.approx(group.loss, rel=1e-4)
+    for name in names.split():
+        weight = model.get_decoder().layers[0].mlp.get_submodule(name).weight
+        assert isinstance(weight, KINDS[precision]) and (weight.act_pre_scale is None) == (group.producer is not None)
 
 
 def test_a_wrong_fold_is_caught_by_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,13 +205,15 @@ def quantize_losslessly(
 ) -> float:
     """Search and fold as ever, but put unrounded weights into the model. Returns the logits' relative change."""
 
-    def keep(self: Int3WeightQuantizer, weight: Tensor, act_pre_scale: Tensor | None) -> Tensor:
-        return weight if act_pre_scale is None else weight * act_pre_scale
+    def keep(self: W3A16Quantizer | W4A8Quantizer, weight: Tensor, s: Tensor | None) -> Tensor:
+        return weight
 
     batches = [build_batch(family, 9), build_batch(family, 12, seed=2)]
     with torch.no_grad():
         before = model(**model_inputs(batches[0])).logits
-    monkeypatch.setattr(Int3WeightQuantizer, "quantize", keep)
+    monkeypatch.setattr(W4A8Quantizer, "stand_in", W4A8Quantizer.quantize)
+    for quantizer in (W3A16Quantizer, W4A8Quantizer):
+        monkeypatch.setattr(quantizer, "quantize", keep)
     report = quantize_(model, mbq_config(batches, group_size=32, n_grid=4, **options), filter_fn, progress=False)
     assert report is not None and any(g.alpha > 0 for g in report.groups)
     with torch.no_grad():
@@ -157,6 +224,11 @@ def quantize_losslessly(
 @pytest.mark.parametrize("family", CONFIGS)
 def test_only_rounding_changes_the_function(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantize_losslessly(build_model(family), family, monkeypatch) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3", "mllama", "olmo2", "starcoder2"])
+def test_only_rounding_changes_the_function_w4a8(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert quantize_losslessly(build_model(family), family, monkeypatch, precision="w4a8") < 1e-5
 
 
 def ends_with(names: str) -> Any:

@@ -62,12 +62,12 @@ def test_the_counter_counts() -> None:
 
 
 @functools.cache  # several tests look at the same run
-def peak(*, num_layers: int, num_batches: int, propagate_error: bool = False) -> int:
+def peak(*, num_layers: int, num_batches: int, propagate_error: bool = False, precision: Any = "w3a16") -> int:
     model = build_model("llava", num_hidden_layers=num_layers)
     data = [build_batch("llava", num_text=40, seed=i) for i in range(num_batches)]
     inputs = [value for batch in data for value in batch.values()]
     with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
-        config = mbq_config(data, group_size=64, n_grid=3, propagate_error=propagate_error)
+        config = mbq_config(data, precision=precision, group_size=64, n_grid=3, propagate_error=propagate_error)
         quantize_(model, config, progress=False)
     return live.peak
 
@@ -83,6 +83,7 @@ def sizes() -> dict[str, int]:
         "block": 4 * sum(p.numel() for p in block.parameters()),
         # tiles of 32 x 128 pad the 64-wide weights of this small model to twice their size
         "packed": int(2 * num_weights * 3 / 8 + 5 * num_weights / 64),
+        "packed_w4a8": int(num_weights / 2 + 4 * num_weights / 64),
         "hidden": 4 * tokens * 64,
         "batch": tokens,
     }
@@ -108,6 +109,11 @@ def test_a_batch_more_costs_its_hidden_states_and_one_group(sizes: dict[str, int
 def test_the_peak_is_what_the_docstring_says(num_layers: int, num_batches: int, sizes: dict[str, int]) -> None:
     stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + 4.5 * num_batches * sizes["hidden"]
     assert 0.4 * stated <= peak(num_layers=num_layers, num_batches=num_batches) <= stated
+
+
+def test_the_peak_of_w4a8(sizes: dict[str, int]) -> None:
+    stated = 2 * sizes["packed_w4a8"] + 3.5 * sizes["block"] + 10 * 2 * sizes["hidden"]
+    assert 0.4 * stated <= peak(num_layers=2, num_batches=2, propagate_error=True, precision="w4a8") <= stated
 
 
 @pytest.mark.parametrize(("num_layers", "num_batches"), [(2, 2), (6, 8)])

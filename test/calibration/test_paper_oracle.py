@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
+from mbq_ao import MBQInt3Tensor, MBQW4A8Tensor, mbq_config, quantize_
 
 GROUP_SIZE, N_GRID, NUM_TOKENS, HIDDEN = 32, 4, 20, 64
 SIZES: dict[str, Any] = {
@@ -65,12 +65,29 @@ def batch() -> dict[str, Tensor]:
     }
 
 
-def fake(weight: Tensor) -> Tensor:
+def rounded_in_groups(weight: Tensor) -> Tensor:
+    """3 bits, asymmetric."""
     rows = weight.reshape(-1, GROUP_SIZE)
     high, low = rows.amax(1, keepdim=True), rows.amin(1, keepdim=True)
     d = (high - low).clamp(min=1e-5) / 7
     z = (-torch.round(low / d)).clamp(0, 7)
     return ((torch.clamp(torch.round(rows / d) + z, 0, 7) - z) * d).reshape(weight.shape)
+
+
+def rounded_rows(x: Tensor, num_bits: int) -> Tensor:
+    """Symmetric, one scale for all that lies along the last dimension."""
+    largest = 2 ** (num_bits - 1) - 1
+    d = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / largest
+    return torch.clamp(torch.round(x / d), -largest - 1, largest) * d
+
+
+def quantize_linear_(linear: nn.Module, precision: str) -> None:
+    """Simulated: a plain weight of rounded values, and for w4a8 the input rounded before it is multiplied."""
+    if precision == "w3a16":
+        linear.weight.copy_(rounded_in_groups(linear.weight))
+    else:
+        linear.weight.copy_(rounded_rows(linear.weight, 4))
+        linear.register_forward_pre_hook(lambda module, args: (rounded_rows(args[0], 8),))
 
 
 def fold_(layer: nn.Module, found: Found) -> None:
@@ -83,17 +100,17 @@ def fold_(layer: nn.Module, found: Found) -> None:
             layer.get_submodule(name).weight.mul_(s)
 
 
-def quantize_linears_(layer: nn.Module) -> None:
+def quantize_linears_(layer: nn.Module, precision: str) -> None:
     for module in layer.modules():
         if isinstance(module, nn.Linear):
-            module.weight.copy_(fake(module.weight))
+            quantize_linear_(module, precision)
 
 
 def features(layer: nn.Module, x: Tensor, kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The input of every linear, and the layer's output under ""."""
+    """The input of every linear, before it is rounded, and the layer's output under ""."""
     seen: dict[str, Tensor] = {}
     handles = [
-        m.register_forward_pre_hook(lambda m, a, n=n: seen.__setitem__(n, a[0]))
+        m.register_forward_pre_hook(lambda m, a, n=n: seen.__setitem__(n, a[0]), prepend=True)
         for n, m in layer.named_modules()
         if isinstance(m, nn.Linear)
     ]
@@ -161,7 +178,7 @@ def distance(error: Tensor, batch: dict[str, Tensor], r: float | None, loss: str
 
 
 def oracle(
-    model: nn.Module, batch: dict[str, Tensor], balance: bool, loss: str, propagate: bool
+    model: nn.Module, batch: dict[str, Tensor], precision: str, balance: bool, loss: str, propagate: bool
 ) -> list[tuple[str, tuple[str, ...], float | None, list[float]]]:
     """Quantizes `model`; returns producer, linears, factor and losses of every search."""
     factors = floored_factors(model, batch) if balance else {}
@@ -170,12 +187,13 @@ def oracle(
     with torch.no_grad():
         model(inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"], use_cache=False)
         handle.remove()
-        return _search(model, batch, factors, loss, propagate, *calls[0])
+        return _search(model, batch, precision, factors, loss, propagate, *calls[0])
 
 
 def _search(
     model: nn.Module,
     batch: dict[str, Tensor],
+    precision: str,
     factors: dict[tuple[int, str], float],
     loss: str,
     propagate: bool,
@@ -193,7 +211,7 @@ def _search(
                 served = copy.deepcopy(layer)
                 if found:
                     fold_(served, found)
-                    quantize_linears_(served)
+                    quantize_linears_(served, precision)
                 seen = features(served, x_q, kwargs)
 
             def run(block: nn.Module, x: Tensor, inspect: str = inspect) -> Tensor:
@@ -210,31 +228,35 @@ def _search(
                 scales.append(s / (s.max() * s.min()).sqrt())
                 changed = copy.deepcopy(layer)
                 for name in linears:
-                    weight = changed.get_submodule(name).weight
-                    weight.copy_(fake(weight * scales[k]) / scales[k])
-                losses.append(distance(target - run(changed, seen[linears[0]]), batch, r, loss))
+                    changed.get_submodule(name).weight.mul_(scales[k])
+                    quantize_linear_(changed.get_submodule(name), precision)
+                losses.append(distance(target - run(changed, seen[linears[0]] / scales[k]), batch, r, loss))
             records.append((f"model.layers.{index}.{producer}", linears, r, losses))
             found.append((producer, linears, scales[losses.index(min(losses))]))
         fold_(layer, found)
         x = clean[""]
         if propagate:
             served = copy.deepcopy(layer)
-            quantize_linears_(served)
+            quantize_linears_(served, precision)
             x_q = features(served, x_q, kwargs)[""]
     for layer in model.model.layers:
-        quantize_linears_(layer)
+        quantize_linears_(layer, precision)
     return records
 
 
 @pytest.mark.parametrize("propagate", [False, True])
 @pytest.mark.parametrize("balance,loss", [(True, "mae"), (True, "mse"), (False, "mae")])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_paper_mode(family: str, balance: bool, loss: Any, propagate: bool, batch: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("precision", ["w3a16", "w4a8"])
+def test_paper_mode(
+    precision: Any, family: str, balance: bool, loss: Any, propagate: bool, batch: dict[str, Tensor]
+) -> None:
     expected = build(family)
-    records = oracle(expected, batch, balance, loss, propagate)
+    records = oracle(expected, batch, precision, balance, loss, propagate)
     model = build(family)
     config = mbq_config(
         [batch],
+        precision=precision,
         recipe="paper",
         group_size=GROUP_SIZE,
         n_grid=N_GRID,
@@ -251,5 +273,9 @@ def test_paper_mode(family: str, balance: bool, loss: Any, propagate: bool, batc
         assert round(group.alpha * N_GRID) == losses.index(min(losses))
         assert group.sensitivity == (None if r is None else pytest.approx(r, rel=1e-5))
     for name, parameter in model.named_parameters():
-        value = parameter.dequantize() if isinstance(parameter, MBQInt3Tensor) else parameter.detach()
+        is_quantized = isinstance(parameter, MBQInt3Tensor | MBQW4A8Tensor)
+        value = parameter.dequantize() if is_quantized else parameter.detach()
         assert torch.equal(value, expected.get_parameter(name).detach()), name
+    with torch.no_grad():
+        served, simulated = (m(inputs_embeds=batch["inputs_embeds"]).logits for m in (model, expected))
+    torch.testing.assert_close(served, simulated, rtol=0, atol=1e-4)

@@ -81,6 +81,23 @@ def test_plot(report: CalibrationReport, tmp_path: Path) -> None:
     assert gains["up_proj"] == [[0, 0.75]]
 
 
+def test_plot_of_scales_that_make_things_worse(report: CalibrationReport) -> None:
+    pytest.importorskip("matplotlib", reason="NEEDS MATPLOTLIB: the report's picture is not tested")
+    report.groups[0].loss = 5.0
+    _, gain = report.plot().axes
+    assert gain.get_ylim()[1] > 2.5
+    assert "-150%" in str(report)
+    assert "search loss 42% above plain rounding on average" in report.summary()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_report_without_groups(report: CalibrationReport) -> None:
+    report.groups = []
+    assert str(report).splitlines()[2].startswith("5 linears: 40.0 MB")
+    pytest.importorskip("matplotlib", reason="NEEDS MATPLOTLIB: the report's picture is not tested")
+    report.plot()
+
+
 def test_plot_without_balance(report: CalibrationReport) -> None:
     pytest.importorskip("matplotlib", reason="NEEDS MATPLOTLIB: the report's picture is not tested")
     for record in report.groups:

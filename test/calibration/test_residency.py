@@ -12,9 +12,10 @@ import torch
 from models import assert_unchanged, build_batch, build_model, float_inputs, model_inputs, snapshot
 from torch import nn
 
-from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
+from mbq_ao import mbq_config, quantize_
 from mbq_ao.calibration.capture import find_blocks
 from mbq_ao.calibration.residency import computing_on, resident_on
+from mbq_ao.packed_weight import PackedWeight
 
 META = torch.device("meta")
 
@@ -102,18 +103,20 @@ def test_where_it_is_already_nothing_moves(model: nn.Module, device: torch.devic
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("precision", ["w3a16", "w4a8"])
 @pytest.mark.parametrize("propagate_error", [False, True])
-def test_with_a_device_the_result_is_the_same(propagate_error: bool) -> None:
+def test_with_a_device_the_result_is_the_same(propagate_error: bool, precision: Any) -> None:
+    options = {"precision": precision, "group_size": 32, "n_grid": 3, "propagate_error": propagate_error}
     reports, models = [], []
     for device in (None, "cpu", torch.device("cpu")):
         model = build_model("qwen3_vl")
-        config = mbq_config([build_batch("qwen3_vl")], group_size=32, n_grid=3, propagate_error=propagate_error)
+        config = mbq_config([build_batch("qwen3_vl")], **options)
         reports.append(quantize_(model, config, device=device, progress=False))
         models.append(model)
     for report, model in zip(reports[1:], models[1:], strict=True):
         assert report.records() == reports[0].records()
         for expected, actual in zip(models[0].parameters(), model.parameters(), strict=True):
-            if isinstance(expected, MBQInt3Tensor):
+            if isinstance(expected, PackedWeight):
                 assert torch.equal(expected.qdata, actual.qdata)
             assert torch.equal(dense(expected), dense(actual))
 
@@ -133,4 +136,4 @@ def test_a_model_on_the_host_is_calibrated_on_the_gpu(family: str) -> None:
 
 
 def dense(parameter: nn.Parameter) -> torch.Tensor:
-    return parameter.dequantize() if isinstance(parameter, MBQInt3Tensor) else parameter
+    return parameter.dequantize() if isinstance(parameter, PackedWeight) else parameter

@@ -12,7 +12,14 @@ from mbq_ao import MBQInt3Tensor
 from mbq_ao.calibration import scale_search
 from mbq_ao.calibration.block import mean_abs
 from mbq_ao.calibration.capture import ModuleCall
-from mbq_ao.calibration.scale_search import Example, scale_at, search_scale, token_weights
+from mbq_ao.calibration.scale_search import (
+    Example,
+    grid_scales,
+    scale_at,
+    search_scale,
+    smooth_scales,
+    token_weights,
+)
 
 C = 32
 Candidate = Callable[[Tensor], dict[str, Tensor]]
@@ -175,7 +182,7 @@ def test_losses_against_brute_force(
     module = kind()
     before = {n: p.detach().clone() for n, p in module.named_parameters()}
     examples, candidate = make_examples(module, ratio, loss), candidate_of(module)
-    found = search_scale(module, examples, statistic, candidate, loss=loss, n_grid=8)
+    found = search_scale(module, examples, grid_scales(statistic, 8), candidate, loss=loss)
     with torch.no_grad():
         expected = brute_force(module, examples, candidate, statistic, 1 if loss == "mae" else 2, 8)
     assert found.losses == pytest.approx(expected, rel=1e-5)
@@ -217,11 +224,11 @@ def test_the_size_of_a_chunk_does_not_matter(chunk: int, statistic: Tensor, monk
     examples, candidate = make_examples(module), candidate_of(module)
     with monkeypatch.context() as patch:
         patch.setattr(scale_search, "_as_chunks", lambda module, examples: examples)
-        whole = search_scale(module, examples, statistic, candidate, loss="mae", n_grid=6)
+        whole = search_scale(module, examples, grid_scales(statistic, 6), candidate, loss="mae")
     monkeypatch.setattr(scale_search, "_CHUNK_TOKENS", chunk)
     chunks = scale_search._as_chunks(module, examples)
     assert [c.call.hidden.shape[1] for c in chunks] == [chunk] * (9 // chunk) + [9 % chunk] * (9 % chunk > 0)
-    found = search_scale(module, examples, statistic, candidate, loss="mae", n_grid=6)
+    found = search_scale(module, examples, grid_scales(statistic, 6), candidate, loss="mae")
     assert found.losses == pytest.approx(whole.losses, rel=1e-5) and found.index == whole.index
 
 
@@ -230,22 +237,40 @@ def test_plain_rounding_is_kept_where_nothing_is_better(statistic: Tensor) -> No
     module = Mlp()
     examples = make_examples(module)
     rounded = MBQInt3Tensor.fake_quantize(module.linear.weight.detach(), 32)
-    same = search_scale(module, examples, statistic, lambda s: {"linear.weight": rounded}, loss="mae", n_grid=5)
+    same = search_scale(module, examples, grid_scales(statistic, 5), lambda s: {"linear.weight": rounded}, loss="mae")
     assert len(set(same.losses)) == 1 and (same.index, same.alpha) == (0, 0.0)
     assert torch.equal(same.s, torch.ones(C))
 
     def worse(s: Tensor) -> dict[str, Tensor]:
         return {"linear.weight": module.linear.weight.detach() * s}
 
-    assert search_scale(module, examples, statistic, worse, loss="mae", n_grid=5).index == 0
+    assert search_scale(module, examples, grid_scales(statistic, 5), worse, loss="mae").index == 0
 
 
 def test_a_grid_of_one_point_is_plain_rounding(statistic: Tensor) -> None:
     torch.manual_seed(0)
     module = Mlp()
-    found = search_scale(module, make_examples(module), statistic, candidate_of(module), loss="mse", n_grid=1)
+    found = search_scale(module, make_examples(module), grid_scales(statistic, 1), candidate_of(module), loss="mse")
     assert (found.index, found.alpha, len(found.losses)) == (0, 0.0, 1)
     assert torch.equal(found.s, torch.ones(C))
+
+
+def test_the_last_scale_is_taken_without_choosing(statistic: Tensor) -> None:
+    torch.manual_seed(0)
+    module = Mlp()
+    scales = [*grid_scales(statistic, 2), (0.5, torch.linspace(0.01, 100, C))]  # the worst of the three
+    found = search_scale(module, make_examples(module), scales, candidate_of(module), loss="mae", choose=False)
+    assert (found.index, found.alpha, len(found.losses)) == (2, 0.5, 3) and found.losses[2] == max(found.losses)
+    assert torch.equal(found.s, scales[2][1])
+
+
+def test_smooth_scales() -> None:
+    peak = torch.tensor([4.0, 9.0, 0.0, 1.0])
+    weights = [torch.tensor([[-1.0, 0.1, 1.0, 0.0]]), torch.tensor([[0.5, -4.0, 1.0, 0.0], [0.0, 2.0, 1.0, 0.0]])]
+    (zero, ones), (alpha, s) = smooth_scales(peak, weights, 0.5)
+    assert (zero, alpha) == (0.0, 0.5) and torch.equal(ones, torch.ones(4))
+    torch.testing.assert_close(s, torch.tensor([2.0, 1.5, 1e-5, 1e-5**-0.5]))
+    assert torch.equal(smooth_scales(peak, [w.bfloat16() for w in weights], 0.5)[1][1][0], s[0])
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -259,9 +284,9 @@ def test_losses_that_are_not_finite(value: float, statistic: Tensor) -> None:
         return lambda s: {"linear.weight": weight * value if torch.equal(s, torch.ones(C)) != scaled else weight * 1.1}
 
     with pytest.raises(ValueError, match="the search loss is not finite: NaN or inf in the activations or weights"):
-        search_scale(module, examples, statistic, at(scaled=False), loss="mae", n_grid=3)
+        search_scale(module, examples, grid_scales(statistic, 3), at(scaled=False), loss="mae")
     # At another point of the grid it only loses.
-    assert search_scale(module, examples, statistic, at(scaled=True), loss="mae", n_grid=3).index == 0
+    assert search_scale(module, examples, grid_scales(statistic, 3), at(scaled=True), loss="mae").index == 0
 
 
 def test_half_precision_losses_are_summed_in_fp32(statistic: Tensor) -> None:
@@ -273,4 +298,4 @@ def test_half_precision_losses_are_summed_in_fp32(statistic: Tensor) -> None:
     def zero(s: Tensor) -> dict[str, Tensor]:
         return {"weight": torch.zeros(8, C, dtype=torch.float16)}
 
-    assert search_scale(module, [example], statistic, zero, loss="mse", n_grid=1).losses == [360000.0]
+    assert search_scale(module, [example], grid_scales(statistic, 1), zero, loss="mse").losses == [360000.0]

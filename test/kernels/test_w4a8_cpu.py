@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mbq_ao.kernels import w4a8_cpu
 from mbq_ao.kernels.int4_layout import pack_int4
-from mbq_ao.kernels.reference import w4a8_linear_reference
+from mbq_ao.kernels.reference import quantize_tokens, w4a8_linear_reference
 from mbq_ao.kernels.w4a8_cpu import sum_products
 
 # torch._int_mm is slow on the CPUs where it is not used, but right.
@@ -54,6 +54,18 @@ def test_a_slice_of_columns(int8_matmul: bool) -> None:
 @both_ways
 @pytest.mark.parametrize("k", [100, 20_000])
 def test_a_scale_a_row_is_the_reference_bit_for_bit(k: int, int8_matmul: bool) -> None:
-    x, bias = torch.randn(5, k), torch.randn(33)
+    x, bias = torch.randn(5, k).bfloat16(), torch.randn(33)
     arguments = (x, pack_int4(integers(-8, 8, 33, k)), torch.rand(33, 1), bias, torch.rand(k), k)
-    assert torch.equal(torch.ops.mbq_ao.w4a8_linear(*arguments), w4a8_linear_reference(*arguments))
+    assert torch.equal(torch.ops.mbq_ao.w4a8_linear(*arguments), w4a8_linear_reference(*arguments).bfloat16())
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 3e35], ids=["", "whose sums could overflow"])
+def test_in_fp32_it_is_the_published_simulation(magnitude: float) -> None:
+    x, bias = torch.randn(5, 100) * magnitude, torch.randn(33)
+    weight = (pack_int4(integers(-8, 8, 33, 100)), torch.rand(33, 1))
+    y = torch.ops.mbq_ao.w4a8_linear(x, *weight, bias, None, 100)
+    xq, d = quantize_tokens(x)
+    plain = torch.ops.mbq_ao.int4_dequantize(*weight, 100, 100, torch.float32)
+    same = torch.equal(y, torch.nn.functional.linear(xq * d, plain, bias))
+    assert same == (magnitude == 1.0)
+    torch.testing.assert_close(y, w4a8_linear_reference(x, *weight, bias, None, 100), rtol=1e-5, atol=1e-4 * magnitude)
