@@ -12,6 +12,7 @@ The tree, and which way imports go (each line imports only from lines above it):
     fuse_linears.py        linears that read one input: one launch for them
     tuning.py              measure which kernel configuration is fastest here
     config.py              torchao configs: how a linear gets such a weight by plain rounding
+    vision_tower.py        the vision tower's linears, by plain rounding
     calibration/           MBQ itself; never imported at serve time. Start reading at calibration/mbq.py
     quantize.py            mbq_config and quantize_, the front door
     demo/                  a real small vision-language model, and `python -m mbq_ao demo`

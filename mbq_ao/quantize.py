@@ -14,6 +14,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 
 from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig
 from mbq_ao.int3_tensor import MBQInt3Tensor
+from mbq_ao.vision_tower import rounded_weights, vision_linears
 from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class MBQConfig(AOBaseConfig):
     loss: Literal["mae", "mse"] = "mae"
     propagate_error: bool = False
     n_grid: int = 20
+    vision: AOBaseConfig | None = None
     filter_fn: FilterFn | None = None
     scale_groups: Sequence[ScaleGroup] | None = None
     blocks: Sequence[nn.Module] | None = None
@@ -48,6 +50,13 @@ class MBQConfig(AOBaseConfig):
         _one_of("loss", self.loss, _LOSSES)
         if not isinstance(self.n_grid, int) or self.n_grid < 1:
             raise ValueError(f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20")
+        if self.vision is not None and (
+            isinstance(self.vision, MBQConfig) or not isinstance(self.vision, AOBaseConfig)
+        ):
+            raise ValueError(
+                "vision must be a torchao config that rounds without data, such as "
+                f"Int8DynamicActivationInt8WeightConfig(), or None, got {type(self.vision).__name__}"
+            )
         searches = self.recipe != "smoothquant"
         if not searches and (self.balance or self.propagate_error or self.n_grid != MBQConfig.n_grid):
             raise ValueError(
@@ -135,6 +144,7 @@ def mbq_config(
     loss: Literal["mae", "mse"] = "mae",
     propagate_error: bool = False,
     n_grid: int = 20,
+    vision: AOBaseConfig | None = None,
     filter_fn: FilterFn | None = None,
     scale_groups: Sequence[ScaleGroup] | None = None,
     blocks: Sequence[nn.Module] | None = None,
@@ -162,7 +172,11 @@ def mbq_config(
     loss: "mae" or "mse", the search's distance between outputs (the paper prefers mae).
     propagate_error: calibrate every block on the output of the quantized blocks before it.
     n_grid: exponents tried for each scale.
-    filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers to quantize; None: all of them.
+    vision: a torchao config for the linears of the vision tower, by plain rounding, such as torchao's
+        Int8DynamicActivationInt8WeightConfig() or our Int8DynamicActivationInt4WeightMBQConfig(). None: the tower
+        stays as it is, as in the paper's main tables.
+    filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` of the vision tower,
+        to quantize; None: all of them.
     scale_groups: use these groups (names relative to a block) instead of looking for them.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
 
@@ -177,6 +191,7 @@ def mbq_config(
         loss=loss,
         propagate_error=propagate_error,
         n_grid=n_grid,
+        vision=vision,
         filter_fn=filter_fn,
         scale_groups=scale_groups,
         blocks=blocks,
@@ -193,9 +208,9 @@ def quantize_(
 ) -> CalibrationReport | None:
     """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
 
-    With `mbq_config(calib_data)`: calibrates, then turns the linears of the language model's decoder
-    layers into MBQInt3Tensor or MBQW4A8Tensor weights, and returns the report. Any other config is handed to torchao's
-    own `quantize_` and None is returned.
+    With `mbq_config(calib_data)`: calibrates, then turns the linears of the language model's decoder layers into
+    MBQInt3Tensor or MBQW4A8Tensor weights (with `vision`, those of the vision tower as well), and returns the report.
+    Any other config is handed to torchao's own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
     device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder
@@ -214,19 +229,26 @@ def quantize_(
     from mbq_ao.calibration.mbq import calibrate
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
+    passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
+    tower = {} if config.vision is None else vision_linears(model, passes)  # before the work, as it may raise
     plan, report = calibrate(
         model,
         config.calib_data,
         config.settings(),
-        filter_fn=(lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None,
+        filter_fn=passes,
         device=None if device is None else torch.device(device),
         progress=progress,
     )
+    if config.vision is not None:
+        weights = rounded_weights(tower, config.vision)
+        plan.parameters += [(tower[name], "weight", weight) for name, weight in weights.items()]
+        report.vision = list(weights)
+        report.not_quantized += [name for name in tower if name not in weights]
     plan.apply(model, None if device is None else torch.device(device))
     report.settings = {
         name: getattr(config, name)
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")
-    }
+    } | {"vision": None if config.vision is None else type(config.vision).__name__}
     return report
 
 

@@ -64,7 +64,7 @@ class Plan:
         try:
             for module, name, value in self.parameters:
                 before = module._parameters[name]
-                trainable = before is not None and before.requires_grad and not hasattr(value, "quantized_nbytes")
+                trainable = before is not None and before.requires_grad and not is_traceable_wrapper_subclass(value)
                 module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
             if device is not None:
                 model.to(device)

@@ -40,7 +40,9 @@ class CalibrationReport:
 
     groups: one record a scale group, in the order in which the model runs them.
     not_scaled: linears that are quantized by plain rounding because nothing takes their scale, or the recipe has none.
-    not_quantized: linears inside the blocks that filter_fn left out, and other weights found there.
+    not_quantized: linears inside the blocks that filter_fn left out, and other weights found there; of the vision
+        tower, those that its config left alone.
+    vision: linears of the vision tower that were rounded without calibration.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     nbytes_before, nbytes_after: bytes of the quantized linears' weights.
     """
@@ -49,6 +51,7 @@ class CalibrationReport:
     groups: list[GroupReport] = field(default_factory=list)
     not_scaled: list[str] = field(default_factory=list)
     not_quantized: list[str] = field(default_factory=list)
+    vision: list[str] = field(default_factory=list)
     logits_error: float = 0.0
     num_linears: int = 0
     nbytes_before: int = 0
@@ -104,6 +107,10 @@ class CalibrationReport:
             lines.append(
                 f"search loss {100 * abs(gain):.0f}% {'below' if gain >= 0 else 'above'} plain rounding on average; "
                 f"logits moved by {self.logits_error:.1e} (relative) through folding alone"
+            )
+        if self.vision:
+            lines.append(
+                f"vision tower: {len(self.vision)} linears rounded without calibration, {self.settings.get('vision')}"
             )
         if self.not_scaled:
             lines.append(f"rounded without a scale: {_some(self.not_scaled)}")
