@@ -17,7 +17,7 @@ dev = ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "
 setup(
     name="mbq_ao",
     version="0.1.0.dev0",
-    description="Modality-balanced 3-bit quantization of vision-language models, torchao style",
+    description="Modality-balanced low-bit quantization (W3A16, W4A8) of vision-language models, torchao style",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="BSD-3-Clause",

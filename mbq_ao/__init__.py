@@ -1,4 +1,4 @@
-"""mbq_ao: modality-balanced 3-bit quantization of vision-language models, torchao style.
+"""mbq_ao: modality-balanced quantization (W3A16, W4A8) of vision-language models, torchao style.
 
     from mbq_ao import mbq_config, quantize_
     report = quantize_(model, mbq_config(calib_data))

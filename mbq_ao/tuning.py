@@ -56,7 +56,7 @@ def tune(
     weights = {id(m.weight): m.weight for m in model.modules() if isinstance(getattr(m, "weight", None), MBQInt3Tensor)}
     devices = {w.device for w in weights.values()}
     if not weights:
-        raise ValueError("tune needs a model with 3-bit weights, got none; call quantize_ first")
+        raise ValueError("tune needs a model with 3-bit weights, got none; call quantize_ first (W4A8 is not tuned)")
     if len(devices) > 1 or not (interpreted() or next(iter(devices)).type == "cuda"):
         raise ValueError(
             f"tune measures kernels on one NVIDIA GPU, got 3-bit weights on {', '.join(map(str, devices))}; "
