@@ -20,8 +20,8 @@ from gpu_benchmark.shapes import CUT_ROWS, CUT_SHAPES, MAX_ROWS_DECODING, in_two
 from gpu_benchmark.tasks import Context, Task
 
 SPLITS = (1, 2, 4)
-SMOKE_SHAPES = ((64, 256),)
-SMOKE_ROWS = (1, 17)
+SMOKE_SHAPES = ((16, 128),)
+SMOKE_ROWS = (1,)
 
 
 class QuickClock(Clock):
@@ -56,8 +56,8 @@ def measure_rows(context: Context, layer: Ours, m: int) -> dict[str, Any]:
     x = torch.randn(m, layer.k, device=context.device).to(torch.bfloat16)
     reference = layer.reference(x)
     default = default_w4a8_config(m, layer.n, layer.k, 0, capability_of(x.device))
-    cuts = cuts_for(0)[1:3] if context.smoke else cuts_for(0)
-    splits = SPLITS if m <= MAX_ROWS_DECODING and not context.smoke else SPLITS[:1]
+    cuts = cuts_for(0)[1:2] if context.smoke else cuts_for(0)
+    splits = SPLITS if m <= MAX_ROWS_DECODING else SPLITS[:1]
     configs = [default, *(dataclasses.replace(cut, splits=s) for s in splits for cut in cuts)]
     times, failed = {}, {}
     for config in dict.fromkeys(configs):

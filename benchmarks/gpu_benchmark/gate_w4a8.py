@@ -81,14 +81,15 @@ def random_layer(
     return Layer(x.to(dtype), precision.pack(values), values.group_size, some_bias, factors, values.exact())
 
 
-def compare(y: Tensor, layer: Layer) -> dict[str, Any]:
+def compare(y: Tensor, layer: Layer, by_kernel: bool | None = None) -> dict[str, Any]:
     """The bounds of this module's docstring: the largest error as a part of each, and whether NaN is where it must be.
 
-    And, where there is a kernel for it, whether tokens are quantized to the same bits.
+    by_kernel: whether the Triton kernel quantized the tokens, and is to be checked; None: on a GPU.
     """
     x, bias, device = layer.x, layer.bias, layer.x.device
     xq, d = quantized_tokens(layer)
-    row: dict[str, Any] = {"tokens": tokens_agree(layer, xq, d)} if has_kernel(device) else {}
+    by_kernel = device.type == "cuda" if by_kernel is None else by_kernel
+    row: dict[str, Any] = {"tokens": tokens_agree(layer, xq, d)} if by_kernel else {}
     good = d.isfinite()[:, 0].to(device)
     row["nan"] = bool(y[~good].isnan().all())
     if not good.any():
@@ -125,9 +126,3 @@ def tokens_agree(layer: Layer, xq: Tensor, d: Tensor) -> bool:
     got, scale = quantize_tokens_triton(layer.x, layer.act_pre_scale, -(-k // 64) * 64)
     same = torch.equal(got[:, :k].cpu(), xq) and not got[:, k:].any()
     return same and torch.equal(scale.cpu().nan_to_num(), d[:, 0].nan_to_num())
-
-
-def has_kernel(device: torch.device) -> bool:
-    from mbq_ao.kernels.launch import interpreted
-
-    return device.type == "cuda" or interpreted()
