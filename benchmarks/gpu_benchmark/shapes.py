@@ -47,7 +47,7 @@ DECODERS = {
 TARGETS = ((4096, 4096), (14336, 4096), (28672, 8192))
 CUT_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))
 CUT_ROWS = (1, 16, 64, 512, 2048)
-SEVEN_B = tuple(DECODERS["Qwen2.5-VL-7B, LLaVA-OneVision-7B"].linears().values())
+SEVEN_B = tuple(dict.fromkeys(DECODERS["Qwen2.5-VL-7B, LLaVA-OneVision-7B"].linears().values()))
 
 
 def all_shapes() -> dict[Shape, list[str]]:
