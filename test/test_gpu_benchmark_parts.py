@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-from gpu_benchmark import adapters, gate, gate_w3a16, gate_w4a8, kernels, peers, report, shapes, tables, tasks
+from gpu_benchmark import adapters, cuts, gate, gate_w3a16, gate_w4a8, kernels, peers, report, shapes, tables, tasks
 from gpu_benchmark.gate_bounds import UNIT_ROUNDOFF
 from gpu_benchmark.measure import Clock, cosine
 
@@ -261,7 +261,7 @@ def test_decoding_is_measured_for_every_shape_before_prefill_is_for_any() -> Non
     plan = shapes.in_two_passes([(1, 2), (3, 4)], [1, 16, 64, 512])
     assert plan == [((1, 2), [1, 16]), ((3, 4), [1, 16]), ((1, 2), [64, 512]), ((3, 4), [64, 512])]
     assert shapes.in_two_passes([(1, 2)], [1]) == [((1, 2), [1])]
-    assert shapes.names(plan[:1]) == ["1 x 2, M 1 to 16"]
+    assert shapes.names(plan[:1]) == ["1 x 2, M = 1, 16"]
 
 
 class Zero(adapters.Peer):
@@ -284,7 +284,7 @@ def test_a_peer_with_wrong_results_is_not_timed() -> None:
 
 
 def test_a_spent_budget_is_said() -> None:
-    for measure in (kernels.measure, lambda c: peers.measure(c, peer=adapters.Cublas())):
+    for measure in (kernels.measure, cuts.measure, lambda c: peers.measure(c, peer=adapters.Cublas())):
         context, found = tasks.Context(smoke=True, fp16=True, deadline=time.monotonic() - 1), []
         context.emit = found.append
         measure(context)

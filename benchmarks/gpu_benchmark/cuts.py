@@ -38,14 +38,14 @@ def measure(context: Context) -> None:
     """A row for each matrix and number of rows. A cut that fails, fails alone; those not reached are named."""
     torch.manual_seed(0)
     clock = QuickClock(context.device)
-    plan = in_two_passes(*((SMOKE_SHAPES, SMOKE_ROWS) if context.smoke else (CUT_SHAPES, CUT_ROWS)))
-    for i, ((n, k), rows) in enumerate(plan):
+    passes = in_two_passes(*((SMOKE_SHAPES, SMOKE_ROWS) if context.smoke else (CUT_SHAPES, CUT_ROWS)))
+    plan = [(shape, [m]) for shape, rows in passes for m in rows]
+    for i, ((n, k), (m,)) in enumerate(plan):
         if context.remaining() < 0:
             context.emit({"not_reached": names(plan[i:])})
             return
         layer = Ours(clock, PRECISIONS["W4A8"], n, k, torch.bfloat16)
-        for m in rows:
-            context.emit({"n": n, "k": k, "m": m, **measure_rows(context, layer, m)})
+        context.emit({"n": n, "k": k, "m": m, **measure_rows(context, layer, m)})
 
 
 def measure_rows(context: Context, layer: Ours, m: int) -> dict[str, Any]:

@@ -72,4 +72,4 @@ def in_two_passes(shapes: Iterable[Shape], rows: Iterable[int]) -> list[tuple[Sh
 
 def names(plan: Iterable[tuple[Shape, list[int]]]) -> list[str]:
     """How what was not reached is called."""
-    return [f"{n} x {k}, M {ms[0]} to {ms[-1]}" for (n, k), ms in plan]
+    return [f"{n} x {k}, M = {', '.join(map(str, ms))}" for (n, k), ms in plan]
