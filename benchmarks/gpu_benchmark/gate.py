@@ -25,7 +25,7 @@ from gpu_benchmark.gate_bounds import same_bits
 from gpu_benchmark.measure import Clock
 from gpu_benchmark.tasks import Context, Task
 
-ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 65, 128, 512, 2048)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 65, 128, 256, 512, 1024, 2048)
 SHAPES = ((1536, 576), (4096, 4096), (3420, 1280), (1280, 3420), (4304, 1152), (1152, 4304), (896, 4864))
 SMOKE_ROWS = (1, 3, 17, 65)
 SMOKE_SHAPES = ((40, 576), (33, 100))
@@ -34,6 +34,7 @@ CUT_SMOKE_SHAPES = ((16, 576), (33, 100))
 CUT_SPLITS = (1, 3)
 CUT_TASKS = 4
 MIN_SHAPES = 2  # that every dtype and group size must have been checked on, with all numbers of rows
+# Modules, each with NAME, CASES, random_layer and compare.
 RULES: dict[str, Any] = {rules.NAME: rules for rules in (gate_w3a16, gate_w4a8)}
 TENSOR_CORES = "tensor cores"
 
@@ -109,8 +110,9 @@ def check_linear(context: Context, *, precision: str, dtype: torch.dtype, group_
         if context.remaining() < 0:
             context.emit({"not_reached": [f"{n} x {k}, M = {m}" for (n, k), m in plan[i:]]})
             return
-        bias = shapes.index((n, k)) % 2 == 0
-        layer = rules.random_layer(m, n, k, group_size, dtype, context.device, special=i % 2 == 1, bias=bias)
+        shape = shapes.index((n, k))
+        special, bias = (shape + rows.index(m)) % 2 == 1, shape % 2 == 0
+        layer = rules.random_layer(m, n, k, group_size, dtype, context.device, special=special, bias=bias)
         y = layer()
         row = {"precision": precision, "m": m, "n": n, "k": k, "bias": bias, **rules.compare(y, layer)}
         again: list[Tensor] = []
