@@ -5,14 +5,16 @@
     python benchmarks/gpu.py --render gpu.json        the Markdown again, from a result; needs no GPU
     python benchmarks/gpu.py --smoke                  every part on a CPU with tiny shapes, to test this script
 
-    gate          the kernels against fp64, and whether tensor cores take fp16 subnormals. If it fails, nothing is timed
+    gate          W3A16 and W4A8 against fp64, and whether tensor cores take fp16 subnormals. What fails is not timed
     kernels       time, share of the copy bandwidth and speed-up over bf16 F.linear at the linears of five VLMs
-    peers         torchao int4, gemlite W4, humming W3 and W4, any-precision-llm W3, where they can be imported
+    cuts          every cut of the W4A8 kernel at three shapes, beside the one that is chosen
+    peers         torchao, gemlite, humming and any-precision-llm, where they can be imported
     end_to_end    Qwen2.5-VL-7B and LLaVA-OneVision-7B with random weights: bf16, torchao int4 and ours
 
 Each task is a process with a time budget, and the results are written after each part: what crashes or hangs is
-recorded with its traceback, and nothing else is lost. The exit status is 1 only if the gate fails. Parts 1 to 3 need
-torch and triton; torchao is needed for its own row and for our tensor in part 4, transformers for part 4.
+recorded with its traceback, and nothing else is lost. The exit status is 1 only if the gate fails, for W3A16 or for
+W4A8. The first three parts need torch and triton; torchao is needed for its own rows and for our tensors in
+end_to_end, transformers for end_to_end.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = {"gate": 4, "kernels": 4, "peers": 5, "end_to_end": 7}  # and how each weighs in sharing out what time is left
+# And how each weighs in sharing out what time is left.
+PARTS = {"gate": 4, "kernels": 5, "cuts": 1, "peers": 4, "end_to_end": 6}
 PACKAGES = ("torch", "triton", "transformers", "torchao", "gemlite", "humming-kernels", "any_precision_ext")
 
 
@@ -82,7 +85,8 @@ def import_kernels(root: Path) -> None:
     package = types.ModuleType("mbq_ao")
     package.__path__ = [str(root / "mbq_ao")]
     sys.modules["mbq_ao"] = package
-    importlib.import_module("mbq_ao.kernels.ops")
+    for ops in ("ops", "w4a8_ops"):
+        importlib.import_module(f"mbq_ao.kernels.{ops}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -102,13 +106,14 @@ def run(arguments: argparse.Namespace) -> int:
         if part == "gate":
             results["verdict"] = gate.verdict(results["parts"]["gate"])
             context.fp16 = results["verdict"]["fp16"]
+            context.precisions = tuple(results["verdict"]["passed"])
         results["seconds"] = round(time.monotonic() - began, 1)
         write(results, arguments.output)
         print(f"{part}: {results['seconds']} s since the start", flush=True)
-        if results["verdict"] and not results["verdict"]["passed"]:
+        if not context.precisions:
             break
     print(render(results))
-    return int(bool(results["verdict"]) and not results["verdict"]["passed"])
+    return int(bool(results["verdict"]) and not results["verdict"]["all"])
 
 
 def run_gate(context: Any, seconds: float) -> list[dict[str, Any]]:
@@ -123,6 +128,12 @@ def run_kernels(context: Any, seconds: float) -> list[dict[str, Any]]:
     return tasks.run_together(kernels.tasks(seconds), context)
 
 
+def run_cuts(context: Any, seconds: float) -> list[dict[str, Any]]:
+    from gpu_benchmark import cuts, tasks
+
+    return tasks.run_together(cuts.tasks(seconds), context) if "W4A8" in context.precisions else []
+
+
 def run_peers(context: Any, seconds: float) -> list[dict[str, Any]]:
     from gpu_benchmark import peers, tasks
 
@@ -135,7 +146,7 @@ def run_peers(context: Any, seconds: float) -> list[dict[str, Any]]:
 def run_end_to_end(context: Any, seconds: float) -> list[dict[str, Any]]:
     from gpu_benchmark import end_to_end, tasks
 
-    todo = end_to_end.tasks(0.35 * seconds / 3, context.smoke)  # one that hangs leaves two thirds to the others
+    todo = end_to_end.tasks(0.35 * seconds / 3, context)  # one that hangs leaves two thirds to the others
     groups = end_to_end.groups(todo, context.options["gigabytes"])
     prepare, turns = 0.65 * seconds / len(groups), 0.35 * seconds / len(groups)
     return [result for group in groups for result in tasks.run_in_turns(group, context, prepare, turns)]
@@ -144,6 +155,7 @@ def run_end_to_end(context: Any, seconds: float) -> list[dict[str, Any]]:
 RUN: dict[str, Callable[[Any, float], list[dict[str, Any]]]] = {
     "gate": run_gate,
     "kernels": run_kernels,
+    "cuts": run_cuts,
     "peers": run_peers,
     "end_to_end": run_end_to_end,
 }

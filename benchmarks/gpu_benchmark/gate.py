@@ -1,20 +1,8 @@
 """Part 1, the gate: the kernels against fp64 arithmetic. Nothing is timed that is not right.
 
-Every case is y = x @ W.T + bias through `torch.ops.mbq_ao.int3_linear`, with random 3-bit values, scales and zero
-points. The reference is computed in fp64 from the values before they were packed. Half of the cases have activations
-as language models do: one channel in a hundred 300 times larger.
-
-Two bounds, derived, not tuned. u is the unit roundoff of x's dtype, x o w the products of x with the exact weight.
-
-    each element    |error| <= 1.01 u |y|                                      the result is rounded once
-                             + 8 u ||x o w||   where M > 16                    the weight may be rounded once as well;
-                                               by Hoeffding false once in 10^13
-                             + 2 sqrt(K) 2^-24 level max(scale) ||x||_1        sums in fp32; their terms are x q scale
-                                                                               and x z scale, in bf16 x (128 + q) scale
-    their rms       rms(error) <= u rms(y) [+ u rms(x o w)] + K / 16 2^-23 level max(scale) rms(||x||_2)
-
-Tensor cores truncate where they add, K / 16 times; hence the last term. The second bound is the sharp one: it sees
-an error of the size of one rounding in every element, which the first must allow.
+Every case is a linear of random values, scales (and zero points), computed by the op and, in fp64, from the values
+before they were packed. What is asked of each precision is gate_w3a16.py and gate_w4a8.py; one that fails is not
+timed, and the other is.
 
 Outputs and workspaces are NaN before each call: torch fills `empty` in its deterministic mode. All of it runs twice
 and must repeat bit for bit, in a CUDA graph as well.
@@ -22,56 +10,78 @@ and must repeat bit for bit, in a CUDA graph as well.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import os
+import traceback
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu_benchmark import gate_w3a16, gate_w4a8
+from gpu_benchmark.gate_bounds import same_bits
 from gpu_benchmark.measure import Clock
 from gpu_benchmark.tasks import Context, Task
 
-ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 65, 128, 512, 2048)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32, 64, 65, 128, 256, 512, 1024, 2048)
 SHAPES = ((1536, 576), (4096, 4096), (3420, 1280), (1280, 3420), (4304, 1152), (1152, 4304), (896, 4864))
 SMOKE_ROWS = (1, 3, 17, 65)
 SMOKE_SHAPES = ((40, 576), (33, 100))
+CUT_SHAPES = ((4096, 4096), (520, 1100))  # the first is one that is timed, and what that needs is compiled by then
+CUT_SMOKE_SHAPES = ((16, 576), (33, 100))
+CUT_SPLITS = (1, 3)
+CUT_TASKS = 4
 MIN_SHAPES = 2  # that every dtype and group size must have been checked on, with all numbers of rows
-GROUPS = (32, 64, 128, None)
-UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
-MAX_ROWS_EXACT_WEIGHT = 16  # of x: up to here the weight itself is never rounded
-
-
+# Modules, each with NAME, CASES, random_layer and compare.
+RULES: dict[str, Any] = {rules.NAME: rules for rules in (gate_w3a16, gate_w4a8)}
 TENSOR_CORES = "tensor cores"
 
 
 def tasks(seconds: float) -> list[Task]:
-    """One for each dtype and group size, so that they compile at once, and one for the machine's arithmetic."""
+    """One for each dtype and group size, so that they compile at once, and one for the machine's arithmetic.
+
+    And some for every cut of the W4A8 kernel, chosen or not.
+    """
     result = [Task(TENSOR_CORES, check_tensor_cores, seconds)]
-    for dtype, group in itertools.product(UNIT_ROUNDOFF, GROUPS):
-        name = f"{str(dtype).removeprefix('torch.')} group {group or 'row'}"
-        result.append(Task(name, functools.partial(check_linear, dtype=dtype, group_size=group), seconds))
+    for name, rules in RULES.items():
+        for dtype, group in rules.CASES:
+            title = f"{name} {str(dtype).removeprefix('torch.')} group {group or 'row'}"
+            check = functools.partial(check_linear, precision=name, dtype=dtype, group_size=group)
+            result.append(Task(title, check, seconds))
+    for part in range(CUT_TASKS):
+        title = f"{gate_w4a8.NAME} cuts {part + 1} of {CUT_TASKS}"
+        result.append(Task(title, functools.partial(check_cuts, part=part), seconds))
     return result
 
 
 def verdict(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Whether the gate is passed, and whether by the fp16 path.
+    """Which precisions passed, and whether W3A16 did by its fp16 path.
 
-    Where tensor cores do not take fp16 subnormals as they are, the fp16 path cannot be right; the bf16 path does
-    without them and is the fallback: then only bf16 has to pass, and only bf16 is timed.
+    Where tensor cores do not take fp16 subnormals as they are, that path cannot be right; the bf16 path does
+    without them and is the fallback: then only bf16 has to pass, and only bf16 is timed. A cut that cannot be run
+    gives no wrong result: it is named, and W4A8 is timed by the others.
     """
     rows = [row for result in results for row in result["rows"]]
     exact = next((row["subnormals_exact"] for row in rows if "subnormals_exact" in row), None)
-    asked = [r for r in results if r["name"] != TENSOR_CORES and (exact is not False or "bfloat16" in r["name"])]
-    failed = [result["name"] for result in asked if not _passed(result)]
+    found = {}
+    for name in RULES:
+        asked = [result for result in results if result["name"].startswith(name)]
+        if exact is False and name == gate_w3a16.NAME:
+            asked = [result for result in asked if "bfloat16" in result["name"]]
+        failed = [result["name"] for result in asked if not _passed(result)]
+        found[name] = {"passed": bool(asked) and not failed, "failed": failed}
     cases = [row for row in rows if "worst" in row]
+    not_run = [row["cut"] for row in rows if "cut" in row and "error" in row]
     return {
-        "passed": bool(asked) and not failed,
-        "failed": failed,
+        "precisions": found,
+        "passed": [name for name in RULES if found[name]["passed"]],
+        "all": all(of["passed"] for of in found.values()) and not not_run,
         "fp16": exact is not False,
         "subnormals_exact": exact,
         "cases": len(cases),
+        "not_run": not_run,
         "wrong": [row for row in cases if not row["ok"]][:20],
     }
 
@@ -89,82 +99,60 @@ def _rows_of(cases: list[dict[str, Any]], shape: tuple[int, int]) -> set[int]:
     return {case["m"] for case in cases if (case["n"], case["k"]) == shape}
 
 
-def random_layer(
-    m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, device: torch.device, outliers: bool
-) -> tuple[list[Any], Tensor]:
-    """Arguments of int3_linear, and the exact weight in fp64."""
-    from mbq_ao.kernels.layout import pack_int3
-
-    g = group_size or k
-    groups = -(-k // g)
-    x = torch.randn(m, k, device=device)
-    if outliers:
-        x[:, torch.randperm(k, device=device)[: max(1, k // 100)]] *= 300
-    x = x.to(dtype)
-    q = torch.randint(0, 8, (n, k), dtype=torch.uint8, device=device)
-    scale = (torch.rand(n, groups, device=device) * 0.02 + 0.001).to(dtype)
-    zero_point = torch.randint(0, 8, (n, groups), dtype=torch.uint8, device=device)
-    bias = torch.randn(n, device=device).to(dtype)
-
-    def spread(t: Tensor) -> Tensor:
-        return t.double().repeat_interleave(g, 1)[:, :k]
-
-    weight = (q.double() - spread(zero_point)) * spread(scale)
-    return [x, pack_int3(q), scale, zero_point, bias, g], weight
-
-
-def compare(y: Tensor, args: list[Any], weight: Tensor) -> dict[str, Any]:
-    """The two bounds of this module's docstring: the largest error as a part of each.
-
-    On a CPU the weight is rounded for any number of rows.
-    """
-    x, _, scale, _, bias, _ = args
-    m, k = x.shape
-    x64 = x.double()
-    expected = torch.nn.functional.linear(x64, weight, None if bias is None else bias.double())
-    u, level = UNIT_ROUNDOFF[x.dtype], 135 if x.dtype == torch.bfloat16 else 14
-    largest_scale = float(scale.double().amax())
-    bound = 1.01 * u * expected.abs()
-    bound += 2 * k**0.5 * 2.0**-24 * level * largest_scale * x64.abs().sum(-1, keepdim=True)
-    rms_bound = u * _rms(expected) + k / 16 * 2.0**-23 * level * largest_scale * _rms(x64.norm(dim=-1))
-    if m > MAX_ROWS_EXACT_WEIGHT or x.device.type == "cpu":
-        products = (x64.square() @ weight.square().T).sqrt()
-        bound += 8 * u * products
-        rms_bound += u * _rms(products)
-    error = (y.double() - expected).abs()
-    # A NaN anywhere makes both of these NaN, and NaN <= 1 is false.
-    worst, rms = float((error / bound).amax()), float(_rms(error) / rms_bound)
-    return {"worst": worst, "rms": rms, "ok": worst <= 1 and rms <= 1}
-
-
-def _rms(t: Tensor) -> Tensor:
-    return t.square().mean().sqrt()
-
-
-def check_linear(context: Context, *, dtype: torch.dtype, group_size: int | None) -> None:
+def check_linear(context: Context, *, precision: str, dtype: torch.dtype, group_size: int | None) -> None:
     """All shapes and numbers of rows of one dtype and group size."""
     poison()
     torch.manual_seed(0)
-    clock = Clock(context.device)
-    op = torch.ops.mbq_ao.int3_linear
+    clock, rules = Clock(context.device), RULES[precision]
     shapes, rows = (SMOKE_SHAPES, SMOKE_ROWS) if context.smoke else (SHAPES, ROWS)
     plan = list(itertools.product(shapes, rows))
     for i, ((n, k), m) in enumerate(plan):
         if context.remaining() < 0:
             context.emit({"not_reached": [f"{n} x {k}, M = {m}" for (n, k), m in plan[i:]]})
             return
-        args, weight = random_layer(m, n, k, group_size, dtype, context.device, outliers=i % 2 == 1)
-        if shapes.index((n, k)) % 2:
-            args[4] = None  # without bias
-        y = op(*args)
-        row = {"m": m, "n": n, "k": k, "bias": args[4] is not None, **compare(y, args, weight)}
+        shape = shapes.index((n, k))
+        special, bias = (shape + rows.index(m)) % 2 == 1, shape % 2 == 0
+        layer = rules.random_layer(m, n, k, group_size, dtype, context.device, special=special, bias=bias)
+        y = layer()
+        row = {"precision": precision, "m": m, "n": n, "k": k, "bias": bias, **rules.compare(y, layer)}
         again: list[Tensor] = []
-        replay = clock.capture([lambda args=args, again=again: again.append(op(*args))])
+        replay = clock.capture([lambda layer=layer, again=again: again.append(layer())])
         replay()
         clock.synchronize()
-        row["repeats"] = torch.equal(again[-1], y) and torch.equal(op(*args), y)
+        row["repeats"] = same_bits(again[-1], y) and same_bits(layer(), y)
         row["ok"] = row["ok"] and row["repeats"]
         context.emit(row)
+
+
+def check_cuts(context: Context, *, part: int) -> None:
+    """Every cut on a shape that is timed and on an odd one. What does not run is an error of that cut alone."""
+    from mbq_ao.kernels.w4a8_config import cuts_for
+
+    poison()
+    torch.manual_seed(0)
+    shapes = CUT_SMOKE_SHAPES if context.smoke else CUT_SHAPES
+    cuts = cuts_for(0)[part::CUT_TASKS][: 1 if context.smoke else None]
+    for i, cut in enumerate(cuts):
+        if context.remaining() < 0:
+            context.emit({"not_reached": [str(cut) for cut in cuts[i:]]})
+            return
+        for splits, (n, k) in itertools.product(CUT_SPLITS, shapes):
+            config = dataclasses.replace(cut, splits=splits)
+            context.emit(check_cut(context, config, n, k, odd=(n, k) == shapes[1]))
+
+
+def check_cut(context: Context, config: Any, n: int, k: int, odd: bool) -> dict[str, Any]:
+    m = 5 if context.smoke else 2 * config.block_m + 3  # two programs for the tokens, and three tokens for another
+    row = {"precision": gate_w4a8.NAME, "m": m, "n": n, "k": k, "bias": odd, "cut": str(config)}
+    try:
+        layer = gate_w4a8.random_layer(m, n, k, None, torch.bfloat16, context.device, special=odd, bias=odd)
+        y = layer.by(config)
+        row |= gate_w4a8.compare(y, layer, by_kernel=True)
+        row["repeats"] = same_bits(layer.by(config), y)
+        row["ok"] = row["ok"] and row["repeats"]
+    except Exception:
+        row["error"] = traceback.format_exc(limit=-3)
+    return row
 
 
 def poison() -> None:

@@ -1,6 +1,7 @@
 """How one sequence is generated and timed.
 
-    prefill    vision tower and prompt, eager as in transformers' `generate`, which does not compile it either
+    prefill    vision tower and prompt, eager as in transformers' `generate`, which does not compile it either; the
+               vision tower alone; and the language model's part in a CUDA graph, without the host
     decode     one token a step, greedy, static cache: torch.compile'd, and the whole step in one CUDA graph
 
 `generate` itself is not timed: between two steps it works on the host for longer than a quantized step takes.
@@ -123,6 +124,26 @@ class Generation:
         row["prompt_s"] = prefill - row["vision_s"]
         row["kernels"] = self._kernels()
         return row
+
+    @torch.no_grad()
+    def prompt_in_a_graph(self) -> dict[str, Any]:
+        """Seconds of the prompt's embeddings through the language model, replayed: no launch from the host counts."""
+        text, length = self.vlm.model.language_model, self.inputs["input_ids"].shape[1]
+        device, dtype = self.clock.device, self.vlm.lm_head.weight.dtype
+        embeds = torch.randn(1, length, self.vlm.lm_head.in_features, device=device).to(dtype)
+        positions = torch.arange(length, device=device).unsqueeze(0)
+
+        def prompt() -> None:
+            self.cache.reset()
+            hidden = text(inputs_embeds=embeds, position_ids=positions, past_key_values=self.cache, use_cache=True)
+            self.vlm.lm_head(hidden.last_hidden_state[:, -1:])
+
+        try:
+            replay = self.clock.capture([prompt])
+            replay()
+            return {"prompt_graph_s": _median(self.clock.elapsed(replay) for _ in range(3))}
+        except Exception:
+            return {"prompt_graph_error": traceback.format_exc(limit=-3)}
 
     @torch.no_grad()
     def _vision(self) -> None:

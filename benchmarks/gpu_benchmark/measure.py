@@ -27,6 +27,7 @@ class Clock:
 
     MIN_CALLS = 16  # so that the gap between two replays is spread over enough calls
     MAX_CALLS = 256
+    MIN_REPEATS = 7
     SECONDS = 0.1  # for the repeats of one measurement
     CACHES = 3
 
@@ -51,7 +52,7 @@ class Clock:
         replay = self.capture(calls) if graph else lambda: [call() for call in calls]
         replay()
         first = self._seconds(replay)
-        repeats = min(max(int(self.SECONDS / (2 * first)), 7), 50) if self.on_gpu else 3
+        repeats = min(max(int(self.SECONDS / (2 * first)), self.MIN_REPEATS), 50) if self.on_gpu else 3
         times = sorted(self._seconds(replay) / len(calls) * 1e6 for _ in range(repeats))
         return {
             "us": statistics.median(times),

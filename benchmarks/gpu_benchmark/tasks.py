@@ -37,6 +37,7 @@ class Context:
 
     smoke: bool
     fp16: bool  # whether the fp16 path passed the gate
+    precisions: tuple[str, ...] = ("W3A16", "W4A8")  # that passed the gate
     deadline: float = 0.0  # of `time.monotonic`
     emit: Callable[[dict[str, Any]], None] = lambda row: None
     wait_for_turn: Callable[[], None] = lambda: None
