@@ -28,18 +28,34 @@ from triton.compiler import ASTSource
 sys.path[:0] = [str(pathlib.Path(__file__).resolve().parents[1]), str(pathlib.Path(__file__).resolve().parent)]
 from sass_report import ARCHS, BYTES_PER_CLOCK, disassemble, parse  # noqa: E402
 
-from mbq_ao.kernels.w4a8_config import FEW, FEW_SMALL, MANY, MOST, SOME, W4A8Config, cuts_for  # noqa: E402
+from mbq_ao.kernels.w4a8_config import (  # noqa: E402
+    FEW,
+    FEW_SMALL,
+    FUSED,
+    FUSED_SMALL,
+    MANY,
+    MOST,
+    SOME,
+    W4A8Config,
+    cuts_for,
+)
 from mbq_ao.kernels.w4a8_gemm import _quantize_kernel, _w4a8_kernel  # noqa: E402
 
 TENSOR = ("IMMA", "IGMMA", "UTCIMMA")
-QUICK = [*((cut, 0) for cut in (FEW_SMALL, FEW, SOME, MANY, MOST)), (cuts_for(128)[0], 128), (cuts_for(32)[4], 32)]
+QUICK = [(cut, 0) for cut in (FEW_SMALL, FEW, FUSED, FUSED_SMALL, SOME, MANY, MOST)]
+QUICK += [(FEW_SMALL, 128), (FUSED, 128), (dataclasses.replace(SOME, block_k=64), 32)]
 
 
-def compile_w4a8(config: W4A8Config, group: int, arch: int) -> triton.compiler.CompiledKernel:
-    """Compiled for bf16, pointers and strides divisible by 16, as they are for the usual layer."""
+def compile_w4a8(config: W4A8Config, group: int, arch: int, rows: int = 1) -> triton.compiler.CompiledKernel:
+    """Compiled for bf16, pointers and strides divisible by 16, as they are for the usual layer.
+
+    rows: the tokens of a fused config; one or 8 make no difference to its loop.
+    """
     constants = {name.upper(): getattr(config, name) for name in ("block_n", "block_m", "block_k", "slices")}
-    constants |= {"GROUP": group, "HAS_BIAS": True, "INTERPRETED": False}
-    types = {"xq": "*i8", "qdata": "*i8", "d": "*fp32"} | dict.fromkeys(("scale", "bias", "y"), "*bf16")
+    constants |= {"GROUP": group, "HAS_BIAS": True, "HAS_PRE": False, "INTERPRETED": False}
+    constants["ROWS"] = rows if config.fused else 0
+    types = {"x": "*bf16" if config.fused else "*i8", "qdata": "*i8", "d": "*fp32"}
+    types |= dict.fromkeys(("pre_scale", "scale", "bias", "y"), "*bf16")
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     return _compile(_w4a8_kernel, constants, types, ("M", "split_tiles"), options, arch)
 
@@ -136,7 +152,8 @@ def main() -> None:
         for row in rows:
             config = row["config"]
             print(
-                f"| {row['arch']} | {config['block_n']} x {config['block_m']} | {config['slices']} | "
+                f"| {row['arch']} | {config['block_n']} x {config['block_m']}{' fused' * config['fused']} | "
+                f"{config['slices']} | "
                 f"{row['group'] or 'row'} | {row['per_weight']} | {row['unpack']} | {row['budget']} | "
                 f"{row['registers']} | {row['spills']} | {row['shared']} | {row['tensor_core']} |",
                 flush=True,

@@ -56,7 +56,7 @@ def measure_rows(context: Context, layer: Ours, m: int) -> dict[str, Any]:
     x = torch.randn(m, layer.k, device=context.device).to(torch.bfloat16)
     reference = layer.reference(x)
     default = default_w4a8_config(m, layer.n, layer.k, 0, capability_of(x.device))
-    cuts = cuts_for(0)[1:2] if context.smoke else cuts_for(0)
+    cuts = [cut for cut in cuts_for(0) if cut.serves(m)][: 2 if context.smoke else None]
     splits = SPLITS if m <= MAX_ROWS_DECODING else SPLITS[:1]
     configs = [default, *(dataclasses.replace(cut, splits=s) for s in splits for cut in cuts)]
     times, failed = {}, {}
@@ -78,6 +78,7 @@ def time_cut(layer: Ours, x: torch.Tensor, reference: torch.Tensor, config: Any)
 
 
 def name_of(config: Any) -> str:
-    """block_n x block_m x columns of a step, warps, slices and splits where there are several."""
+    """block_n x block_m x columns of a step, warps, slices and splits where there are several, fused."""
     name = f"{config.block_n} x {config.block_m} x {config.block_k * config.slices}, {config.num_warps} warps"
-    return name + "".join(f", {value} {what}" for what in ("slices", "splits") if (value := getattr(config, what)) > 1)
+    name += "".join(f", {value} {what}" for what in ("slices", "splits") if (value := getattr(config, what)) > 1)
+    return name + ", fused" * config.fused

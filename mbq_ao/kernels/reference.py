@@ -85,7 +85,10 @@ def quantize_tokens(x: Tensor, act_pre_scale: Tensor | None = None) -> tuple[Ten
     if act_pre_scale is not None:
         products = (x * act_pre_scale.to(torch.float32)).clamp_(-_MAX, _MAX)
         x = torch.where(x.isfinite(), products, x)
-    d = x.abs().amax(-1, keepdim=True).clamp(min=_MIN_ABSMAX) / 127 if x.shape[-1] else x.new_ones((*x.shape[:-1], 1))
+    if x.shape[-1] == 0:
+        return x.to(torch.int8), x.new_ones((*x.shape[:-1], 1))
+    # A tensor, as CUDA multiplies by the reciprocal of a number.
+    d = x.abs().amax(-1, keepdim=True).clamp(min=_MIN_ABSMAX) / x.new_full((), 127.0)
     # The division of a finite number by an infinite scale is 0, and of an infinite one is to be so, too.
     return (x / d).round_().nan_to_num_(0.0, 0.0, 0.0).to(torch.int8), d
 

@@ -1,8 +1,12 @@
 """How the W4A8 kernel is cut into programs: arithmetic (devices.py), until a GPU has measured it.
 
-    1 .. 16 rows of x    FEW, FEW_SMALL    a program's warps share its rows of the weight and have columns of their own
-    .. about 64          SOME              on Hopper one warp group, 64 rows of the weight
-    more                 MANY, MOST        on Hopper two
+    1 .. 8 tokens    FUSED, FUSED_SMALL    a program's warps share its rows of the weight and have columns of their own
+    .. 16            FEW, FEW_SMALL        the same
+    .. about 64      SOME                  on Hopper one warp group, 64 rows of the weight
+    more             MANY, MOST            on Hopper two
+
+A fused program quantizes the tokens for itself, before its loop for their scales and again in it for their integers:
+110 instructions a step and warp, for one to 8 tokens, instead of a kernel of its own.
 
 A step of the kernel's loop costs the largest of what it asks of one SM:
 
@@ -18,10 +22,10 @@ What it says of an H200, 8192 x 8192, against a cuBLAS that takes 2/3 of the bf1
 import dataclasses
 import functools
 
-from mbq_ao.kernels.devices import ceil_div, device_of, row_bucket
+from mbq_ao.kernels.devices import LAUNCH, ceil_div, device_of, row_bucket
 
 _MAX_COLUMNS = 1 << 17  # of a program, whose sums are int32: 16 * 8 * 127 * 2^17 < 2^31
-_STEP_LATENCY = 200  # cycles from a barrier to the end of a dot product
+_STEP_LATENCY = 200  # cycles from a barrier to the end of a dot product, at least
 _MEMORY_LATENCY = 800
 
 
@@ -34,6 +38,7 @@ class W4A8Config:
     slices: parts of a step's columns, each by warps of its own and summed at the end.
     splits: parts of K, each by programs of its own; fp32 parts are then summed by a second kernel, in their order.
     num_stages: of loads in flight, plus one.
+    fused: every program quantizes the tokens, at most block_m, for itself: one kernel less. Needs slices > 1.
     """
 
     block_n: int
@@ -43,6 +48,7 @@ class W4A8Config:
     splits: int = 1
     num_warps: int = 4
     num_stages: int = 4
+    fused: bool = False
 
     def __post_init__(self) -> None:
         powers = (self.block_n, self.block_m, self.slices, self.splits, self.num_warps)
@@ -53,16 +59,26 @@ class W4A8Config:
                 "block_n must be at least 16, block_m 8, block_k 64 or 128 and slices at most 8, got "
                 f"block_n={self.block_n}, block_m={self.block_m}, block_k={self.block_k}, slices={self.slices}"
             )
+        if self.fused and self.slices == 1:
+            raise ValueError("fused=True needs slices of K, got slices=1")
+
+    def serves(self, num_rows: int) -> bool:
+        """Whether it can be used for so many tokens."""
+        return not self.fused or num_rows <= self.block_m
 
 
 FEW_SMALL = W4A8Config(block_n=16, block_m=8, block_k=64, slices=8, num_warps=8, num_stages=6)
 FEW = W4A8Config(block_n=32, block_m=8, block_k=64, slices=4, num_stages=6)
+FUSED_SMALL = W4A8Config(block_n=32, block_m=8, block_k=64, slices=8, num_warps=8, num_stages=6, fused=True)
+FUSED = W4A8Config(block_n=64, block_m=8, block_k=64, slices=4, num_stages=6, fused=True)
 SOME = W4A8Config(block_n=64, block_m=32)
 MANY = W4A8Config(block_n=128, block_m=128, num_warps=8)
 MOST = W4A8Config(block_n=128, block_m=256, num_warps=8, num_stages=3)
 CUTS = (
     FEW_SMALL,
     FEW,
+    FUSED,
+    FUSED_SMALL,
     dataclasses.replace(FEW_SMALL, block_m=16),
     dataclasses.replace(FEW, block_m=16),
     SOME,
@@ -83,7 +99,7 @@ def default_w4a8_config(num_rows: int, n: int, k: int, group: int, capability: t
 
 
 def w4a8_cycles(config: W4A8Config, num_rows: int, n: int, k: int, group: int, capability: tuple[int, int]) -> float:
-    """The model's clock cycles of the kernel, without those of quantizing x."""
+    """The model's clock cycles, with those of quantizing x."""
     device = device_of(capability)
     wgmma = capability >= (9, 0) and capability < (12, 0) and config.slices == 1 and config.block_n >= 64
     split_tiles, num_splits = split_of(config, k)
@@ -94,6 +110,10 @@ def w4a8_cycles(config: W4A8Config, num_rows: int, n: int, k: int, group: int, c
     instructions = 50 + config.block_n * config.block_k * config.slices / (64 * config.num_warps)
     if not wgmma:
         instructions += config.block_k / 32 * outputs / 4  # dot products
+    quantizing = LAUNCH + 3 * num_rows * k / (device.memory * device.num_sms)
+    if config.fused:
+        quantizing = _MEMORY_LATENCY * ceil_div(k, 4096)
+        instructions += 110 * config.block_k // 64
     if group:
         instructions += 3 * outputs * max(1, config.block_k // group)
     step = max(
@@ -104,11 +124,11 @@ def w4a8_cycles(config: W4A8Config, num_rows: int, n: int, k: int, group: int, c
     )
     stages = config.num_stages - 1
     registers = _REGISTERS[config.block_m] + (config.block_m // 2 if group else 0)
-    return device.kernel_cycles(
+    return quantizing + device.kernel_cycles(
         programs=ceil_div(n, config.block_n) * ceil_div(num_rows, config.block_m) * num_splits,
         steps=split_tiles * 64 // columns,
         step=step,
-        latency=max(_STEP_LATENCY, _MEMORY_LATENCY / stages),
+        latency=max(_STEP_LATENCY, 2 * instructions, _MEMORY_LATENCY / stages),
         shared_memory=stages * (x_bytes + word_bytes) + 2048,
         registers=32 * config.num_warps * registers,
         bytes_read=0.5 * n * k + num_rows * k,
@@ -136,7 +156,7 @@ def cuts_for(group: int) -> list[W4A8Config]:
 def _best(num_rows: int, n: int, k: int, group: int, capability: tuple[int, int]) -> tuple[W4A8Config, float]:
     cuts = cuts_for(group)
     # A dot product for 8 tokens has no place for more.
-    cuts = [cut for cut in cuts if cut.block_m >= min(num_rows, 16) or cut.slices == 1]
+    cuts = [cut for cut in cuts if cut.serves(num_rows) and (cut.block_m >= min(num_rows, 16) or cut.slices == 1)]
     configs = [dataclasses.replace(cut, splits=splits) for cut in cuts for splits in (1, 2, 3, 4, 6, 8)]
     timed = [(config, w4a8_cycles(config, num_rows, n, k, group, capability)) for config in configs]
     return min(timed, key=lambda item: item[1])

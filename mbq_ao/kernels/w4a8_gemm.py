@@ -43,11 +43,11 @@ def _quantize_kernel(
     x += m * stride_xm
     xq += m * stride_qm
     k = tl.arange(0, BLOCK)
-    v, magnitude = _scaled(x, pre_scale, k, K, HAS_PRE)
+    v, magnitude = _scaled(x + k, pre_scale, k, K, HAS_PRE)
     top = tl.max(magnitude, 0)
     if not ONE_PASS:
         for start in range(BLOCK, K, BLOCK):
-            _, magnitude = _scaled(x, pre_scale, start + k, K, HAS_PRE)
+            _, magnitude = _scaled(x + start + k, pre_scale, start + k, K, HAS_PRE)
             top = tl.maximum(top, tl.max(magnitude, 0))
     scale = tl.div_rn(tl.maximum(top, 0x3727C5AC).to(tl.float32, bitcast=True), 127.0)  # at least 1e-5 / 127
     tl.store(d + m, scale)
@@ -55,7 +55,7 @@ def _quantize_kernel(
         tl.store(xq + k, _rounded(v, scale, INTERPRETED), mask=k < stride_qm)
         if not ONE_PASS:
             for start in range(BLOCK, stride_qm, BLOCK):
-                v, _ = _scaled(x, pre_scale, start + k, K, HAS_PRE)
+                v, _ = _scaled(x + start + k, pre_scale, start + k, K, HAS_PRE)
                 tl.store(xq + start + k, _rounded(v, scale, INTERPRETED), mask=start + k < stride_qm)
     else:
         for start in range(0, stride_qm, BLOCK):
@@ -63,12 +63,36 @@ def _quantize_kernel(
 
 
 @triton.jit
+def _scale_of_tokens(x, pre_scale, K, ROWS: tl.constexpr, HAS_PRE: tl.constexpr):
+    """The scales of tokens, (ROWS,), that begin at the pointers x, (ROWS, 1).
+
+    NaN for a token that is not finite, so that whatever integers it gets, its results are NaN.
+    """
+    top = tl.full([ROWS], 0x3727C5AC, tl.int32)
+    for start in range(0, K, 4096):
+        k = start + tl.arange(0, 4096)[None, :]
+        _, magnitude = _scaled(x + k, pre_scale, k, K, HAS_PRE)
+        top = tl.maximum(top, tl.max(magnitude, 1))
+    return tl.where(top < 0x7F800000, tl.div_rn(top.to(tl.float32, bitcast=True), 127.0), float("nan"))
+
+
+@triton.jit
+def _prefetch(at, LINES: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Ask for LINES times 128 bytes at the pointers `at`, (n, 1), to be brought to the L2 cache."""
+    if not INTERPRETED:
+        at += tl.arange(0, LINES)[None, :] * 128
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
 def _scaled(x, pre_scale, k, K, HAS_PRE: tl.constexpr):
-    """x * pre_scale in fp32, and its magnitude as an integer.
+    """What is at the pointers x, columns k, times pre_scale in fp32, and its magnitude as an integer.
 
     As integers, magnitudes have the order of the numbers, and infinity and NaN, which `max` would lose, come last.
     """
-    v = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    v = tl.load(x, mask=k < K, other=0.0).to(tl.float32)
     magnitude = v.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if HAS_PRE:
         finite = magnitude < 0x7F800000
@@ -126,9 +150,11 @@ def _side_by_side(u, v):
 
 
 @triton.jit
-def _add_product(total, a, xq, offsets, row_scale, group, GROUP: tl.constexpr):
-    """total + a x of some columns: int32, or with a scale a group scaled fp32.  a: (slices, rows, columns) int8."""
-    b = tl.load(xq + offsets)
+def _add_product(total, a, b, row_scale, group, GROUP: tl.constexpr):
+    """total + a b^T of some columns: int32, or with a scale a group scaled fp32.
+
+    a: int8 (slices, rows, columns).  b: int8 (slices, tokens, columns), or two-dimensional if there is one slice.
+    """
     if len(b.shape) == 2:
         a, b = a.reshape(a.shape[1], a.shape[2]), b.trans()
     else:
@@ -142,22 +168,41 @@ def _add_product(total, a, xq, offsets, row_scale, group, GROUP: tl.constexpr):
         return total + part.to(tl.float32) * tl.expand_dims(s, -1)
 
 
+@triton.jit
+def _tokens(
+    x, d, pre_scale, offsets, k, K, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, HAS_PRE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """Columns k of the tokens, int8 (slices, BLOCK_M, columns): as they were quantized before, or quantized here.
+
+    The latter with ROWS > 0 tokens, of scales d, (ROWS,); they are repeated up to BLOCK_M.
+    """
+    if ROWS == 0:
+        return tl.load(x + offsets)
+    else:
+        v, _ = _scaled(x + offsets, pre_scale, k, K, HAS_PRE)
+        q = _rounded(v, d[None, :, None], INTERPRETED)
+        q = q[:, None, :, :].broadcast_to(q.shape[0], BLOCK_M // ROWS, ROWS, q.shape[2])
+        return q.reshape(q.shape[0], BLOCK_M, q.shape[3])
+
+
 @triton.jit(do_not_specialize=["M", "split_tiles"])
 def _w4a8_kernel(
-    xq, d, qdata, scale, bias, y, M, N, K, stride_xm, stride_q0, stride_q1, stride_scale, split_tiles,
+    x, d, pre_scale, qdata, scale, bias, y, M, N, K, stride_xm, stride_q0, stride_q1, stride_scale, split_tiles,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
-    HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr, HAS_PRE: tl.constexpr, HAS_BIAS: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """y for BLOCK_N columns and BLOCK_M tokens, over split_tiles column tiles from those of program_id(2) on.
 
-    GROUP = 0: one scale a row. BLOCK_K: columns a slice and step, 64 or 128.
+    GROUP = 0: one scale a row. BLOCK_K: columns a slice and step, 64 or 128. ROWS = 0: x and d are what the kernel
+    above made of the tokens; else x are the tokens, at most ROWS, d is not read, and SLICES > 1.
     """
     TILES: tl.constexpr = BLOCK_N // 16
     COL_TILES: tl.constexpr = BLOCK_K // 64
     m0 = tl.program_id(1) * BLOCK_M
-    m = tl.minimum(tl.arange(0, BLOCK_M), M - 1 - m0).to(tl.int64)
+    m = tl.minimum(tl.arange(0, BLOCK_M if ROWS == 0 else ROWS), M - 1 - m0).to(tl.int64)
     slices = tl.arange(0, SLICES)
-    xq += m0.to(tl.int64) * stride_xm
+    x += m0.to(tl.int64) * stride_xm
     columns = tl.arange(0, 32 if GROUP == 32 else BLOCK_K)
     offsets = m[:, None] * stride_xm + columns[None, :]
     if SLICES > 1:  # else two dimensions, so that wgmma reads what was loaded where it lies
@@ -167,12 +212,20 @@ def _w4a8_kernel(
     # In two dimensions, for what gemv_loads.py says of loads.
     both = tl.arange(0, SLICES * TILES)
     row_tile = tl.minimum(tl.program_id(0) * TILES + both % TILES, tl.cdiv(N, 16) - 1)
-    words = qdata + (row_tile.to(tl.int64) * stride_q0)[:, None] + tl.arange(0, 512)[None, :]
+    first_words = qdata + (row_tile.to(tl.int64) * stride_q0)[:, None]
+    words = first_words + tl.arange(0, 512)[None, :]
 
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_scale = scale + tl.minimum(n, N - 1).to(tl.int64)[None, :] * stride_scale
     start = tl.program_id(2) * split_tiles
     end = tl.minimum(start + split_tiles, num_col_tiles)
+
+    if ROWS > 0:
+        # Weights of the first steps come nearer meanwhile.
+        for i in tl.static_range(4):
+            tile = tl.minimum(start + i * SLICES * COL_TILES + both // TILES * COL_TILES, num_col_tiles - 1)
+            _prefetch(first_words + (tile.to(tl.int64) * stride_q1)[:, None], COL_TILES * 4, INTERPRETED)
+        d = _scale_of_tokens(x + m[:, None] * stride_xm, pre_scale, K, ROWS, HAS_PRE)
 
     DTYPE: tl.constexpr = tl.int32 if GROUP == 0 else tl.float32
     total = tl.zeros([SLICES, BLOCK_N, BLOCK_M] if SLICES > 1 else [BLOCK_N, BLOCK_M], DTYPE)
@@ -181,21 +234,27 @@ def _w4a8_kernel(
         at = words + (tl.minimum(tile, num_col_tiles - 1).to(tl.int64) * stride_q1)[:, None]
         low, high = _nibbles(tl.load(at).reshape(SLICES, TILES, 32, 16), INTERPRETED)
         low, high = _operand(low), _operand(high)
-        x0 = xq + first * 64
+        column = (
+            first * 64 + slices[:, None, None] * BLOCK_K + columns[None, None, :]
+        )  # where tokens are quantized here
         # The scales of a tile beyond the last are those of the last.
         k = tl.minimum((first + slices * COL_TILES) * 64, K - 1)
         group = k // GROUP if GROUP > 0 else k
         if GROUP == 32:
-            total = _add_product(total, low, x0, offsets, row_scale, group, GROUP)
+            b = _tokens(x, d, pre_scale, first * 64 + offsets, column, K, ROWS, BLOCK_M, HAS_PRE, INTERPRETED)
+            total = _add_product(total, low, b, row_scale, group, GROUP)
             group = tl.minimum(group + 1, (K - 1) // GROUP)
-            total = _add_product(total, high, x0 + 32, offsets, row_scale, group, GROUP)
+            at, column = first * 64 + 32 + offsets, column + 32
+            b = _tokens(x, d, pre_scale, at, column, K, ROWS, BLOCK_M, HAS_PRE, INTERPRETED)
+            total = _add_product(total, high, b, row_scale, group, GROUP)
         else:
             a = _side_by_side(low, high)
             if COL_TILES == 2:
                 at = words + (tl.minimum(tile + 1, num_col_tiles - 1).to(tl.int64) * stride_q1)[:, None]
                 low, high = _nibbles(tl.load(at).reshape(SLICES, TILES, 32, 16), INTERPRETED)
                 a = _side_by_side(a, _side_by_side(_operand(low), _operand(high)))
-            total = _add_product(total, a, x0, offsets, row_scale, group, GROUP)
+            b = _tokens(x, d, pre_scale, first * 64 + offsets, column, K, ROWS, BLOCK_M, HAS_PRE, INTERPRETED)
+            total = _add_product(total, a, b, row_scale, group, GROUP)
 
     if SLICES > 1:
         total = sum_slices(total)
@@ -204,7 +263,10 @@ def _w4a8_kernel(
     if GROUP == 0:
         s = tl.load(row_scale).to(tl.float32).reshape(BLOCK_N)
         out = out * 0.0625 * s[:, None]
-    out *= tl.load(d + m, mask=m < M, other=0.0)[None, :]
+    if ROWS == 0:
+        out *= tl.load(d + m, mask=m < M, other=0.0)[None, :]
+    else:
+        out *= d[None, :].broadcast_to(BLOCK_M // ROWS, ROWS).reshape(BLOCK_M)[None, :]
     if HAS_BIAS:
         out += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     y += tl.program_id(2).to(tl.int64) * M * N
@@ -221,7 +283,7 @@ def quantize_tokens_triton(x: Tensor, act_pre_scale: Tensor | None, width: int) 
     with on_device(x):
         _quantize_kernel[(num_rows,)](
             x,
-            x if act_pre_scale is None else act_pre_scale.contiguous(),
+            x if act_pre_scale is None else act_pre_scale,
             xq,
             d,
             k,
@@ -256,7 +318,13 @@ def w4a8_linear_triton(
     if config is None:
         config = default_w4a8_config(num_rows, n, k, group, capability_of(x.device))
     split_tiles, num_splits = split_of(config, k)
-    xq, d = quantize_tokens_triton(rows, act_pre_scale, split_tiles * num_splits * TILE_K)
+    pre_scale = None if act_pre_scale is None else act_pre_scale.contiguous()
+    if not config.serves(num_rows):
+        raise ValueError(f"a fused config serves at most block_m={config.block_m} tokens, got {num_rows}")
+    if config.fused:
+        tokens, d = rows, rows  # d is not read
+    else:
+        tokens, d = quantize_tokens_triton(rows, pre_scale, split_tiles * num_splits * TILE_K)
     qdata = qdata if qdata.stride()[2:] == (16, 1) else qdata.contiguous()
     scale = scale if scale.stride(1) == 1 else scale.contiguous()
     some_bias = scale if bias is None else bias.contiguous()  # Triton wants a tensor there, used or not
@@ -265,8 +333,9 @@ def w4a8_linear_triton(
     parts = torch.empty((num_splits * num_rows, n), device=x.device, dtype=torch.float32) if split else y
     with on_device(x):
         _w4a8_kernel[(triton.cdiv(n, config.block_n), triton.cdiv(num_rows, config.block_m), num_splits)](
-            xq,
+            tokens,
             d,
+            tokens if pre_scale is None else pre_scale,  # Triton wants a pointer there, read or not
             qdata,
             scale,
             some_bias,
@@ -274,7 +343,7 @@ def w4a8_linear_triton(
             num_rows,
             n,
             k,
-            xq.stride(0),
+            tokens.stride(0),
             qdata.stride(0),
             qdata.stride(1),
             scale.stride(0),
@@ -284,6 +353,8 @@ def w4a8_linear_triton(
             BLOCK_M=config.block_m,
             BLOCK_K=config.block_k,
             SLICES=config.slices,
+            ROWS=triton.next_power_of_2(num_rows) if config.fused else 0,
+            HAS_PRE=config.fused and pre_scale is not None,
             HAS_BIAS=bias is not None and not split,
             INTERPRETED=interpreted(),
             num_warps=config.num_warps,

@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 from launches import DEVICE, HALF_ULP, guarded_outputs, needs_kernels, w4a8_problem  # noqa: E402
 
 from mbq_ao.kernels.reference import int4_dequantize_reference, quantize_tokens, w4a8_linear_reference  # noqa: E402
-from mbq_ao.kernels.w4a8_config import CUTS, FEW, FEW_SMALL, MANY, MOST, SOME, W4A8Config, cuts_for  # noqa: E402
+from mbq_ao.kernels.w4a8_config import CUTS, FEW, FEW_SMALL, FUSED, MANY, SOME, W4A8Config  # noqa: E402
 from mbq_ao.kernels.w4a8_gemm import quantize_tokens_triton, w4a8_linear_triton  # noqa: E402
 
 ALL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -58,13 +58,13 @@ def test_tokens_are_quantized_bit_for_bit(k: int, width: int, pre_scaled: bool, 
 @needs_kernels
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")  # numpy's, of 0 * inf
 @pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan")])
-@pytest.mark.parametrize("k", [70, 33000])
-def test_a_token_that_is_not_finite(k: int, bad: float) -> None:
+@pytest.mark.parametrize(("k", "config"), [(70, FEW), (33000, FEW), (70, FUSED), (5000, FUSED)], ids=str)
+def test_a_token_that_is_not_finite(k: int, config: W4A8Config, bad: float) -> None:
     x, *rest = w4a8_problem(4, 17, k, None, torch.float32)
-    good = w4a8_linear_triton(x, *rest)
+    good = w4a8_linear_triton(x, *rest, config)
     x[2, k - 1] = bad
     assert (quantize_tokens_triton(x, None, -(-k // 64) * 64)[0][2] == 0).all()
-    y = w4a8_linear_triton(x, *rest)
+    y = w4a8_linear_triton(x, *rest, config)
     assert y[2].isnan().all()
     torch.testing.assert_close(y[[0, 1, 3]], good[[0, 1, 3]], rtol=0, atol=0)
 
@@ -88,10 +88,11 @@ def test_the_corrected_quotient_is_that_of_a_division() -> None:
     [(32, torch.float16), (64, torch.bfloat16), (128, torch.float32), (256, torch.bfloat16), (None, torch.float16)],
     ids=str,
 )
-@pytest.mark.parametrize("index", [0, 4, 6], ids=["few", "some", "many"])
-def test_over_groups(index: int, group_size: int | None, dtype: torch.dtype) -> None:
-    config = cuts_for(group_size or 0)[index]
-    args = w4a8_problem(19, 40, 712, group_size, dtype)
+@pytest.mark.parametrize("config", [FEW, FUSED, SOME, MANY], ids=["few", "fused", "some", "many"])
+def test_over_groups(config: W4A8Config, group_size: int | None, dtype: torch.dtype) -> None:
+    if (group_size or 128) < 128:
+        config = dataclasses.replace(config, block_k=64)
+    args = w4a8_problem(7 if config.fused else 19, 40, 712, group_size, dtype)
     assert_matches_reference(w4a8_linear_triton(*args, config), args)
 
 
@@ -113,18 +114,31 @@ def test_over_shapes_with_the_default_cut(m: int, n: int, k: int, group_size: in
     assert_matches_reference(w4a8_linear_triton(*args), args)
 
 
-EVERY_CUT = [*CUTS, *(dataclasses.replace(cut, splits=3) for cut in (FEW_SMALL, FEW, MANY))]
+EVERY_CUT = [*CUTS, *(dataclasses.replace(cut, splits=3) for cut in (FEW_SMALL, FUSED, MANY))]
 
 
 @needs_kernels
 @pytest.mark.parametrize("config", EVERY_CUT, ids=str)
 def test_every_cut(config: W4A8Config) -> None:
     # Two programs in each direction, the second for a few rows, as far as the interpreter's time allows.
-    m, n = min(config.block_m + 3, 35), min(config.block_n + 8, 104)
+    m, n = 5 if config.fused else min(config.block_m + 3, 35), min(config.block_n + 8, 104)
     args = w4a8_problem(m, n, 1100, None, torch.bfloat16)
     assert_matches_reference(w4a8_linear_triton(*args, config), args)
     args[3] = args[4] = None
     assert_matches_reference(w4a8_linear_triton(*args, config), args)
+
+
+@needs_kernels
+@ALL_DTYPES
+@pytest.mark.parametrize("pre_scaled", [False, True], ids=["", "act_pre_scale"])
+@pytest.mark.parametrize("m", [1, 2, 3, 8])
+def test_quantizing_tokens_in_every_program_changes_nothing(m: int, pre_scaled: bool, dtype: torch.dtype) -> None:
+    args = w4a8_problem(m, 70, 4200, None, dtype)
+    if not pre_scaled:
+        args[4] = None
+    apart = dataclasses.replace(FUSED, fused=False)
+    expected = w4a8_linear_triton(*args, apart)
+    torch.testing.assert_close(w4a8_linear_triton(*args, FUSED), expected, rtol=0, atol=0)
 
 
 @needs_kernels
@@ -204,6 +218,17 @@ block_m=8, block_k=32, slices=1""",
             block_k=32,
         )
 
+    def test_fused(self) -> None:
+        self.assert_error(
+            """fused=True needs slices of K, got slices=1""",
+            block_n=32,
+            block_m=8,
+            fused=True,
+        )
+        args = w4a8_problem(9, 16, 64, None, torch.bfloat16)
+        with self.assertRaisesRegex(ValueError, "a fused config serves at most block_m=8 tokens, got 9"):
+            w4a8_linear_triton(*args, FUSED)
+
 
 @pytest.mark.gpu
 @ALL_DTYPES
@@ -216,7 +241,7 @@ def test_compiled_kernel_on_a_real_layer(m: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [*EVERY_CUT, MOST], ids=str)
+@pytest.mark.parametrize("config", EVERY_CUT, ids=str)
 def test_every_cut_compiled(config: W4A8Config) -> None:
-    args = w4a8_problem(300, 520, 4096, None, torch.bfloat16)
+    args = w4a8_problem(8 if config.fused else 300, 520, 4096, None, torch.bfloat16)
     assert_matches_reference(w4a8_linear_triton(*args, config), args)
