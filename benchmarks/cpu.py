@@ -30,7 +30,7 @@ from torch import Tensor
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import mbq_ao
 from mbq_ao.kernels import int3_cpu
-from mbq_ao.kernels.layout import unpack_int3
+from mbq_ao.kernels.int3_layout import unpack_int3
 
 F = torch.nn.functional
 Contenders = dict[str, Callable[[], Tensor]]

@@ -85,7 +85,7 @@ def import_kernels(root: Path) -> None:
     package = types.ModuleType("mbq_ao")
     package.__path__ = [str(root / "mbq_ao")]
     sys.modules["mbq_ao"] = package
-    for ops in ("ops", "w4a8_ops"):
+    for ops in ("int3_ops", "w4a8_ops"):
         importlib.import_module(f"mbq_ao.kernels.{ops}")
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from mbq_ao.kernels import ops, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
+from mbq_ao.kernels import int3_ops, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
 from mbq_ao.packed_weight import PackedWeight
 
 # A linear's op: (x, data of the weight, bias, ...), how many tensors the data are, and the op of several linears, which

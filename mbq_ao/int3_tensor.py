@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbq_ao.kernels import ops  # noqa: F401  (registers torch.ops.mbq_ao)
-from mbq_ao.kernels.layout import TILE_K, TILE_N, check_qdata, pack_int3, unpack_int3_rows
+from mbq_ao.kernels import int3_ops  # noqa: F401  (registers torch.ops.mbq_ao)
+from mbq_ao.kernels.int3_layout import TILE_K, TILE_N, check_qdata, pack_int3, unpack_int3_rows
 from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, checked_group_size, checked_pre_scale
 from mbq_ao.quant_primitives import (
     choose_qparams_affine,
@@ -27,7 +27,7 @@ class MBQInt3Tensor(PackedWeight):
     """A (N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
 
     Tensor data:
-        qdata: int16 (ceil(N / 32), ceil(K / 128), 3, 32, 8), see kernels/layout.py
+        qdata: int16 (ceil(N / 32), ceil(K / 128), 3, 32, 8), see kernels/int3_layout.py
         scale: (N, ceil(K / group_size)), bfloat16 | float16 | float32
         zero_point: uint8, the shape of scale
     Attributes:

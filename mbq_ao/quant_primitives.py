@@ -12,7 +12,7 @@ published MBQ code run in fp32. Where the scale is stored in 16 bits it is round
 computed with the rounded scale, so that what is searched is what is served. The last group of a row may be
 short: K need not be a multiple of the group size.
 
-Nothing here knows how values are packed; see kernels/layout.py.
+Nothing here knows how values are packed; see kernels/int3_layout.py.
 """
 
 import torch

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from mbq_ao.fuse_linears import neighbours
 from mbq_ao.int3_tensor import MBQInt3Tensor
-from mbq_ao.kernels.layout import packed_shape
+from mbq_ao.kernels.int3_layout import packed_shape
 
 if TYPE_CHECKING:
     from mbq_ao.kernels.choice import Choice

@@ -97,10 +97,10 @@ def test_calls_on_one_input_become_one(bias: bool, rows: int, kind: str) -> None
 
 @KINDS
 def test_one_launch_where_the_weights_lie_together(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mbq_ao.kernels import ops, w4a8_ops
+    from mbq_ao.kernels import int3_ops, w4a8_ops
 
     model, x = Readers(kind=kind), torch.randn(2, K)
-    module = ops if kind == "int3" else w4a8_ops
+    module = int3_ops if kind == "int3" else w4a8_ops
     rows: list[int] = []
 
     def spy(x: Tensor, qdata: Tensor, *rest: Any) -> Tensor:

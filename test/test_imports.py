@@ -25,7 +25,7 @@ SAME_LAYER = {"packed_shapes": "packed_weight", "w4a8_tensor": "int3_tensor"}
 
 
 def part_of(module: str) -> str | None:
-    """mbq_ao.kernels.layout -> kernels; None for the package itself and for its small private files."""
+    """mbq_ao.kernels.int3_layout -> kernels; None for the package itself and for its small private files."""
     parts = module.split(".")
     if len(parts) < 2 or parts[1] not in {*ORDER, *SAME_LAYER}:
         return None

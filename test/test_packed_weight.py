@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.testing import FileCheck
 
 from mbq_ao import MBQInt3Tensor, MBQW4A8Tensor
-from mbq_ao.kernels import int4_layout, layout
+from mbq_ao.kernels import int3_layout, int4_layout
 
 
 class TestQuantizing:
@@ -56,7 +56,7 @@ class TestQuantizing:
     def test_seven_eighths_and_more_of_the_memory_is_saved(self) -> None:
         q = quantized(MBQInt3Tensor, 512, 1024, 128, dtype=torch.bfloat16)
         assert q.quantized_nbytes() * 8 == 512 * 1024 * 3 + 512 * 8 * (16 + 8)
-        assert tuple(q.qdata.shape) == layout.packed_shape(512, 1024)
+        assert tuple(q.qdata.shape) == int3_layout.packed_shape(512, 1024)
 
     def test_four_bits_a_weight_and_one_scale_a_row(self) -> None:
         q = quantized(MBQW4A8Tensor, 512, 1024, None, dtype=torch.bfloat16)

@@ -79,7 +79,7 @@ class W3A16(Precision):
         return q, torch.randint(0, 8, scale.shape, dtype=torch.uint8, device=scale.device)
 
     def pack(self, values: Values) -> Packed:
-        from mbq_ao.kernels.layout import pack_int3
+        from mbq_ao.kernels.int3_layout import pack_int3
 
         assert values.zero_point is not None
         return pack_int3(values.q), values.scale, values.zero_point

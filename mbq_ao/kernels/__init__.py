@@ -9,8 +9,8 @@ grouped.py       several linears of one input by one call; sums.py: sums of part
 
 W3A16, 3-bit weights:
 
-ops.py           torch.ops.mbq_ao.int3_*, the door
-layout.py        where bit b of weight (n, k) lives: pack and unpack
+int3_ops.py      torch.ops.mbq_ao.int3_*, the door
+int3_layout.py   where bit b of weight (n, k) lives: pack and unpack
 fragments.py     packed words to tensor-core operands
 int3_gemv.py     few rows of x, decoding; gemv_config.py: how it is cut, gemv_loads.py: what it loads
 int3_gemm.py     many rows, prefill: weights dequantized in registers; gemm_config.py: how it is cut, up to where

@@ -5,7 +5,7 @@
 Unpacking 32 weights, one 32-bit word of each plane, is a mask a pair of fields and a shift where a field stands too
 high, written in inline assembly, because Triton handles 16-bit integers one at a time. INTERPRETED spells the same
 bits in Triton, for its interpreter; both follow from `place`. `operand*_of_*` only rename registers: the order of bits
-in layout.py is the order of mma.m16n8k16.
+in int3_layout.py is the order of mma.m16n8k16.
 
 A field's *place* is the power of two that its value comes with: fp16 q * 2^(p - 24), a subnormal, or bf16
 128 + q * 2^p, by a magic exponent. Fragments of one place may share an accumulator, so few places make few
@@ -25,7 +25,7 @@ s is the upper half of a product with 2^(32 - s), on another pipe, as long as pt
 import triton
 import triton.language as tl
 
-from mbq_ao.kernels.layout import FIELDS
+from mbq_ao.kernels.int3_layout import FIELDS
 
 _R = 5
 
@@ -47,7 +47,7 @@ def places_of(bf16: bool, by_block: bool, block: int) -> tuple[int, ...]:
 
 @triton.constexpr_function
 def _pieces(bf16: bool, by_block: bool, i: int) -> tuple[tuple[int, int, int], ...]:
-    """Of the i-th fragment, in the order of layout.FIELDS: (plane, shift to the right, mask) of its bits."""
+    """Of the i-th fragment, in the order of int3_layout.FIELDS: (plane, shift to the right, mask) of its bits."""
     pair, slab, block = i // 4, i // 2 % 2, i % 2
     plane, field = FIELDS[pair][slab][block]
     p = place(bf16, by_block, pair, slab, block)
@@ -83,7 +83,7 @@ def _assembly(bf16: bool, by_block: bool, multiply: bool) -> str:
 
 @triton.jit
 def unpack(a, b, c, one, BF16: tl.constexpr, BY_BLOCK: tl.constexpr, INTERPRETED: tl.constexpr):
-    """The 16 fields of words a, b, c at their places, in the order of layout.FIELDS.
+    """The 16 fields of words a, b, c at their places, in the order of int3_layout.FIELDS.
 
     one: the number, as an argument of the kernel (int32), or None for plain shifts.
     """

@@ -9,7 +9,7 @@ import functools
 
 import torch
 
-from mbq_ao.kernels.layout import TILE_K, TILE_N
+from mbq_ao.kernels.int3_layout import TILE_K, TILE_N
 
 MAX_ROWS = 16  # of x: two fragments of eight columns
 

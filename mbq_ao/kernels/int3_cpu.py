@@ -1,6 +1,6 @@
 """The linear layer on a CPU: few rows of x by a kernel that torch.compile writes in C++, many by dequantizing.
 
-The compiled kernel reads the packed tiles where they lie (layout.py): no second copy of the weight. Seen as int32
+The compiled kernel reads the packed tiles where they lie (int3_layout.py): no second copy of the weight. Seen as int32
 words of two halves, a plane of a tile is (g, t, hi, up); eight words, two of the four t, are the lanes of the
 kernel's vectors. A field's column depends on (t, hi) and its row on up, so, but for the last sum,
 
@@ -39,7 +39,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mbq_ao.kernels.layout import FIELDS, TILE_K, TILE_N
+from mbq_ao.kernels.int3_layout import FIELDS, TILE_K, TILE_N
 from mbq_ao.kernels.reference import as_rows, dequantize_reference
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ _OPTIONS = {
 def int3_linear_cpu(
     x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    """`ops.int3_linear` for tensors on a CPU; arguments as checked there. Accumulates in fp32."""
+    """`int3_ops.int3_linear` for tensors on a CPU; arguments as checked there. Accumulates in fp32."""
     rows = as_rows(x)
     y = None
     if _worth_compiling(rows.shape[0], qdata):

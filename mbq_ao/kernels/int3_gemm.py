@@ -14,9 +14,9 @@ without a weight in memory. A program computes y^T = W x^T for BLOCK_N rows of W
 A warp has 32 rows of W, one row tile. To a tensor instruction of 64 rows its two blocks of 16 are two instructions, so
 rows of the accumulator are ordered (block, row tile, 16) and put in order when y is stored.
 
-Operand B. Fragments have the columns of x in the order of layout.py, (slab, hi, t, odd) in 32. mma.sync (sm_80, 89,
-120) takes B from registers and a lane's columns are 16 contiguous bytes, so x is read as it lies. wgmma (sm_90) takes
-B from shared memory, so x makes one more pass through registers, permuted by the stmatrix that stores it. tcgen05
+Operand B. Fragments have the columns of x in the order of int3_layout.py, (slab, hi, t, odd) in 32. mma.sync (sm_80,
+89, 120) takes B from registers and a lane's columns are 16 contiguous bytes, so x is read as it lies. wgmma (sm_90)
+takes B from shared memory, so x makes one more pass through registers, permuted by the stmatrix that stores it. tcgen05
 (sm_100) could take W from tensor memory; Triton 3.9 stores it to shared memory.
 
 Dequantizing two weights. fp16: or-ing in 1024 gives 1024 + q * 2^p; bf16 has 128 + q * 2^p already. One FMA,
@@ -203,7 +203,7 @@ def _gemm_kernel(
         s0, s1, s2, s3 = _by_pair(s, GROUPS)
         z0, z1, z2, z3 = _by_pair(z, GROUPS)
 
-        # The classes of layout.FIELDS, as fragments.py returns them.
+        # The classes of int3_layout.FIELDS, as fragments.py returns them.
         P2: tl.constexpr = 0 if BF16 else 6
         P3: tl.constexpr = 3 if BF16 else 0
         w0 = _slab(f[0], f[1], s0, z0, 0, BF16, INTERPRETED)
@@ -268,7 +268,7 @@ def int3_gemm_triton(
     group_size: int,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """`ops.int3_linear` by the fused kernel, for x in fp16 or bf16; the other arguments as checked there.
+    """`int3_ops.int3_linear` by the fused kernel, for x in fp16 or bf16; the other arguments as checked there.
 
     The weight is what `int3_dequantize` gives in x's dtype, bit for bit; sums are fp32. config: None for the
     default. Needs zero points of at most 127, and those of 3-bit weights are 0..7.

@@ -345,7 +345,7 @@ def int3_gemv_triton(
     group_size: int,
     config: GemvConfig | None = None,
 ) -> Tensor:
-    """`ops.int3_linear` for 1 to MAX_ROWS rows of fp16 or bf16 x; arguments as checked there.
+    """`int3_ops.int3_linear` for 1 to MAX_ROWS rows of fp16 or bf16 x; arguments as checked there.
 
     config: None for `default_gemv_config`. Raises ValueError for more rows. Safe to capture in a CUDA graph.
     """

@@ -22,8 +22,8 @@ from mbq_ao.kernels.gemm_config import GemmConfig
 from mbq_ao.kernels.gemv_config import GemvConfig
 from mbq_ao.kernels.int3_gemm import int3_gemm_triton
 from mbq_ao.kernels.int3_gemv import int3_gemv_triton
+from mbq_ao.kernels.int3_layout import TILE_K, TILE_N
 from mbq_ao.kernels.launch import empty_output, group_constant, on_device, with_inner_contiguous
-from mbq_ao.kernels.layout import TILE_K, TILE_N
 
 TRANSIENT_BYTES = 128 << 20  # of dequantized weight at a time
 
@@ -37,7 +37,7 @@ def _dequantize_kernel(
     col = tl.arange(0, 128)[None, :]
     pair, t, slab, hi, odd = col // 32, col // 8 % 4, col // 4 % 2, col // 2 % 2, col % 2
     block, up, g = row // 16, row // 8 % 2, row % 8
-    # layout.FIELDS in closed form; field 5 is R.
+    # int3_layout.FIELDS in closed form; field 5 is R.
     own_plane = (slab == 0) | (pair == 3)
     plane = tl.where(own_plane, block, 2)
     field = tl.where(slab == 0, pair, tl.where(pair == 3, 4, pair + 3 * block))
@@ -67,7 +67,7 @@ def _dequantize_kernel(
 def int3_linear_triton(
     x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
 ) -> Tensor:
-    """`ops.int3_linear` by the Triton kernels; arguments as checked there."""
+    """`int3_ops.int3_linear` by the Triton kernels; arguments as checked there."""
     k, n = x.shape[-1], scale.shape[0]
     num_rows = x.numel() // k if k else 0
     if num_rows == 0 or n == 0:
@@ -119,7 +119,7 @@ def _dequantize_and_matmul(
 def int3_dequantize_triton(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """`ops.int3_dequantize` by the Triton kernel; arguments as checked there."""
+    """`int3_ops.int3_dequantize` by the Triton kernel; arguments as checked there."""
     qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)
     n = scale.shape[0]
     w = empty_output((n, k), dtype, qdata.device)

@@ -32,7 +32,7 @@ def group_constant(scale: Tensor, group_size: int) -> int:
 def linear_arguments(
     x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, bias: Tensor | None, group_size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """What a kernel of `ops.int3_linear` is launched with: x as a matrix, the weight, a pointer for bias, GROUP."""
+    """What kernels of `int3_linear` are launched with: x as a matrix, the weight, a pointer for bias, GROUP."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows if rows.stride(1) == 1 else rows.contiguous()
     qdata, scale, zero_point = with_inner_contiguous(qdata, scale, zero_point)

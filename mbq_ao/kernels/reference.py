@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from mbq_ao.kernels.int3_layout import unpack_int3
 from mbq_ao.kernels.int4_layout import unpack_int4
-from mbq_ao.kernels.layout import unpack_int3
 
 _MIN_ABSMAX = 1e-5  # of a token, or of a group of weights: zeros keep a usable scale
 _MAX = torch.finfo(torch.float32).max
@@ -56,7 +56,7 @@ def group_views(x: Tensor, group_size: int) -> list[tuple[Tensor, slice]]:
 def dequantize_reference(
     qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The (N, k) weight in `dtype`.  qdata: see layout.py.  scale, zero_point: (N, ceil(k / group_size))."""
+    """The (N, k) weight in `dtype`.  qdata: see int3_layout.py.  scale, zero_point: (N, ceil(k / group_size))."""
     q = unpack_int3(qdata, scale.shape[0], k)
     return dequantize_groups(q, scale, zero_point, group_size, dtype)
 

@@ -1,4 +1,4 @@
-"""The door to the W4A8 kernels: as ops.py, for 4-bit weights and activations quantized on the way.
+"""The door to the W4A8 kernels: as int3_ops.py, for 4-bit weights and activations quantized on the way.
 
     torch.ops.mbq_ao.w4a8_linear(x, qdata, scale, bias, act_pre_scale, group_size)    -> (..., N) in x.dtype
     torch.ops.mbq_ao.w4a8_linear_group(x, [qdata], [scale], [bias], act_pre_scale, group_size)    several at once

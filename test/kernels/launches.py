@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from mbq_ao.kernels.int3_layout import pack_int3
 from mbq_ao.kernels.int4_layout import pack_int4
 from mbq_ao.kernels.launch import interpreted
-from mbq_ao.kernels.layout import pack_int3
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("triton")
 
 from mbq_ao.kernels import fragments
-from mbq_ao.kernels.layout import pack_int3
+from mbq_ao.kernels.int3_layout import pack_int3
 
 
 def run_ptx(program: str, words: dict[str, int]) -> dict[str, int]:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mbq_ao.kernels import int3_cpu
+from mbq_ao.kernels.int3_layout import pack_int3
 from mbq_ao.kernels.int4_layout import pack_int4
-from mbq_ao.kernels.layout import pack_int3
 from mbq_ao.kernels.reference import (
     dequantize_reference,
     int3_linear_reference,

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from mbq_ao import MBQInt3Tensor
 from mbq_ao.kernels import int3_cpu
-from mbq_ao.kernels.layout import pack_int3, unpack_int3
+from mbq_ao.kernels.int3_layout import pack_int3, unpack_int3
 
 int3_linear = torch.ops.mbq_ao.int3_linear
 Weight = tuple[Tensor, Tensor, Tensor]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mbq_ao.kernels import int4_layout, layout, ops, reference, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
+from mbq_ao.kernels import int3_layout, int3_ops, int4_layout, reference, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
 
 int3_linear, w4a8_linear = torch.ops.mbq_ao.int3_linear, torch.ops.mbq_ao.w4a8_linear
 N, K, G = 40, 96, 32
@@ -28,7 +28,7 @@ class Int3:
         q = torch.randint(0, 8, (n, k), dtype=torch.uint8, generator=gen)
         scale = torch.rand(n, -(-k // g), generator=gen).to(dtype)
         zero_point = torch.randint(0, 8, scale.shape, dtype=torch.uint8, generator=gen)
-        return layout.pack_int3(q), scale, zero_point
+        return int3_layout.pack_int3(q), scale, zero_point
 
     @staticmethod
     def arguments(x: Tensor, w: Weight, bias: Tensor | None, g: int = G) -> tuple:
@@ -332,10 +332,10 @@ def test_kernels_import_without(missing: str) -> None:
         import sys, types
         sys.modules[{missing!r}] = None
         package = types.ModuleType("mbq_ao")
-        package.__path__ = [{str(pathlib.Path(ops.__file__).parents[1])!r}]
+        package.__path__ = [{str(pathlib.Path(int3_ops.__file__).parents[1])!r}]
         sys.modules["mbq_ao"] = package
         import torch
-        import mbq_ao.kernels.ops, mbq_ao.kernels.w4a8_ops
+        import mbq_ao.kernels.int3_ops, mbq_ao.kernels.w4a8_ops
         assert "torchao" not in sys.modules or sys.modules["torchao"] is None
         w = [torch.zeros(1, 1, 3, 32, 8, dtype=torch.int16), torch.ones(4, 1), torch.ones(4, 1, dtype=torch.uint8)]
         print(torch.ops.mbq_ao.int3_linear(torch.ones(2, 64), *w, None, 64)[0, 0].item())

@@ -23,7 +23,7 @@ from torch import Tensor
 from mbq_ao.kernels.checks import check_bias_and_devices, check_input, check_one_device, check_scale, has_kernels
 from mbq_ao.kernels.grouped import linear_group
 from mbq_ao.kernels.int3_cpu import int3_linear_cpu
-from mbq_ao.kernels.layout import TILE_N, check_qdata
+from mbq_ao.kernels.int3_layout import TILE_N, check_qdata
 from mbq_ao.kernels.reference import dequantize_reference
 
 _Tensors = Sequence[Tensor]
@@ -35,7 +35,7 @@ def int3_linear(
 ) -> Tensor:
     """y[m, n] = sum_k x[m, k] * scale[n, k // g] * (q[n, k] - zero_point[n, k // g]) + bias[n],  g = group_size.
 
-    x: (..., K) fp32 | fp16 | bf16, any strides, any number of rows.  qdata: int16, see layout.py.
+    x: (..., K) fp32 | fp16 | bf16, any strides, any number of rows.  qdata: int16, see int3_layout.py.
     scale: (N, ceil(K / g)) fp32 | fp16 | bf16.  zero_point: the same shape, uint8.  bias: (N,) or None.
     Returns (..., N) in x.dtype. Differentiable in x and bias. Raises ValueError for shapes or dtypes that do
     not fit and for tensors on different devices.

@@ -6,7 +6,7 @@ import expecttest
 import pytest
 import torch
 
-from mbq_ao.kernels.layout import FIELDS, TILE_K, TILE_N, pack_int3, packed_shape, unpack_int3, unpack_int3_rows
+from mbq_ao.kernels.int3_layout import FIELDS, TILE_K, TILE_N, pack_int3, packed_shape, unpack_int3, unpack_int3_rows
 
 SHAPES = [(32, 128), (64, 256), (40, 576), (70, 896), (1, 1), (33, 129), (100, 300)]
 
