@@ -8,7 +8,7 @@ Rounding to the nearest point of the grid is what calibration (mbq_ao.mbq_config
 
 from __future__ import annotations
 
-import types
+import functools
 from dataclasses import dataclass
 
 from torch import nn
@@ -16,7 +16,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from mbq_ao.int3_tensor import MBQInt3Tensor
-from mbq_ao.packed_weight import GROUP_SIZES, PackedWeight
+from mbq_ao.packed_weight import PackedWeight, check_group_size
 from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
 
@@ -30,7 +30,7 @@ class Int3WeightOnlyConfig(AOBaseConfig):
     group_size: int | None = 128
 
     def __post_init__(self) -> None:
-        self.group_size = _checked_group_size(self.group_size)
+        self.group_size = check_group_size(self.group_size)
 
 
 @dataclass(kw_only=True)
@@ -43,15 +43,7 @@ class Int8DynamicActivationInt4WeightMBQConfig(AOBaseConfig):
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        self.group_size = _checked_group_size(self.group_size)
-
-
-def _checked_group_size(group_size: int | None) -> int | None:
-    if group_size == -1:
-        return None
-    if group_size not in GROUP_SIZES or isinstance(group_size, bool):
-        raise ValueError(f"group_size must be 32, 64, 128 or None (one scale a row), got {group_size!r}")
-    return group_size
+        self.group_size = check_group_size(self.group_size)
 
 
 @register_quantize_module_handler(Int3WeightOnlyConfig)
@@ -83,8 +75,13 @@ def _quantize_linear(
         )
     quantized = kind.from_hp(weight.detach(), group_size)
     module.weight = nn.Parameter(quantized, requires_grad=False)
-    module.extra_repr = types.MethodType(_extra_repr, module)
+    show_weight(module)
     return module
+
+
+def show_weight(module: nn.Module) -> None:
+    """Let `print(model)` say what kind of weight the module has."""
+    module.extra_repr = functools.partial(_extra_repr, module)  # not a method, which could not be unpickled
 
 
 def _extra_repr(self: nn.Module) -> str:

@@ -31,7 +31,7 @@ def _slice(w: PackedWeight, dim: int, start: int, end: int) -> PackedWeight:
     per_row = dim == 1 and w.group_size >= size  # then every slice of columns has the row's scale
     g, tile = w.group_size, (w.TILE_N, w.TILE_K)[dim]
     unit = tile if dim == 0 or per_row else math.lcm(tile, g)
-    if start % unit or (end % unit and end != size):
+    if (start % unit and start != size) or (end % unit and end != size):
         raise ValueError(
             f"a slice of an {type(w).__name__} must begin and end at a multiple of {unit} {('rows', 'columns')[dim]} "
             f"or at the end (tiles are {w.TILE_N} x {w.TILE_K}, groups {g}), got {start}:{end} of {size}; "
@@ -39,11 +39,11 @@ def _slice(w: PackedWeight, dim: int, start: int, end: int) -> PackedWeight:
         )
     shape = list(w.shape)
     shape[dim if not w.transposed else 1 - dim] = end - start
-    tiles = slice(start // tile, -(-end // tile))
+    tiles = slice(-(-start // tile), -(-end // tile))
     if dim == 0:
         data = {name: getattr(w, name)[start:end] for name in w.tensor_data_names}
         return w._replace(**{**data, "qdata": w.qdata[tiles]}, shape=shape)
-    groups = slice(0, num_groups(end - start, g)) if per_row else slice(start // g, num_groups(end, g))
+    groups = slice(0, num_groups(end - start, g)) if per_row else slice(num_groups(start, g), num_groups(end, g))
     data = {name: getattr(w, name)[:, groups] for name in w.tensor_data_names}
     return w._replace(
         **{**data, "qdata": w.qdata[:, tiles]},

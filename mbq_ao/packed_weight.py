@@ -70,6 +70,8 @@ class PackedWeight(TorchAOBaseTensor):
     ) -> Self:
         """What __new__ returns, after it has checked the data of its own."""
         k = shape[0] if transposed else shape[1]
+        if scale.dtype not in _DTYPES:
+            raise ValueError(f"scale must be bfloat16, float16 or float32, got {scale.dtype}")
         if act_pre_scale is not None and tuple(act_pre_scale.shape) != (k,):
             raise ValueError(
                 f"act_pre_scale must be one factor an input channel, ({k},), got {tuple(act_pre_scale.shape)}"
@@ -152,9 +154,14 @@ def checked_group_size(w: Tensor, group_size: int | None) -> int:
         )
     if w.numel() == 0:
         raise ValueError(f"a weight must have rows and columns, got shape {tuple(w.shape)}")
-    if group_size in (None, -1):
-        return w.shape[1]
-    if group_size not in GROUP_SIZES:
+    return check_group_size(group_size) or w.shape[1]
+
+
+def check_group_size(group_size: int | None) -> int | None:
+    """The group size, None for one scale a row (also called -1); ValueError if it is none of GROUP_SIZES."""
+    if group_size == -1:
+        return None
+    if group_size not in GROUP_SIZES or isinstance(group_size, bool):
         raise ValueError(f"group_size must be 32, 64, 128 or None (one scale a row), got {group_size!r}")
     return group_size
 
@@ -183,6 +190,9 @@ def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
     device = x.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
+    k = w.shape[0] if w.transposed else w.shape[1]
+    if x.dim() and x.shape[-1] != k:  # the ops know the weight's width up to a tile only
+        raise ValueError(f"the last dimension of x must be {k}, as {w} has it, got x of shape {tuple(x.shape)}")
     return w._linear(x, bias)
 
 
@@ -239,6 +249,10 @@ def _to_copy(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
 def _copy_(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     dst, src = args[:2]
     if not isinstance(dst, PackedWeight):
+        if src.act_pre_scale is not None:
+            raise ValueError(
+                f"cannot copy {src} into a plain tensor, which has no act_pre_scale; load a state dict with assign=True"
+            )
         return dst.copy_(src.dequantize())
     if type(src) is not type(dst):
         packed = isinstance(src, PackedWeight)

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
+from torchao.quantization import FqnToConfig
 from torchao.quantization import quantize_ as torchao_quantize_
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig
+from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig, show_weight
 from mbq_ao.int3_tensor import MBQInt3Tensor
+from mbq_ao.packed_weight import PackedWeight
 from mbq_ao.vision_tower import rounded_weights, vision_linears
 from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
@@ -51,7 +53,7 @@ class MBQConfig(AOBaseConfig):
         if not isinstance(self.n_grid, int) or self.n_grid < 1:
             raise ValueError(f"n_grid must be an integer of at least 1, got {self.n_grid!r}; the paper uses 20")
         if self.vision is not None and (
-            isinstance(self.vision, MBQConfig) or not isinstance(self.vision, AOBaseConfig)
+            isinstance(self.vision, (MBQConfig, FqnToConfig)) or not isinstance(self.vision, AOBaseConfig)
         ):
             raise ValueError(
                 "vision must be a torchao config that rounds without data, such as "
@@ -116,7 +118,10 @@ class W4A8Quantizer:
 
     def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
         # Where W s overflows float16 the scale is to lose the search, not to end it.
-        return self.quantize(weight, s) if _scaled(weight, s).isfinite().all() else torch.full_like(weight, torch.nan)
+        scaled = _scaled(weight, s)
+        if not scaled.isfinite().all():
+            return torch.full_like(weight, torch.nan)
+        return MBQW4A8Tensor.from_hp(scaled, self.group_size, _inverse(weight, s))
 
     def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
         return MBQW4A8Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
@@ -230,7 +235,9 @@ def quantize_(
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
-    tower = {} if config.vision is None else vision_linears(model, passes)  # before the work, as it may raise
+    # Before the work, as it may raise; calibration does not touch the tower.
+    tower = {} if config.vision is None else vision_linears(model, passes)
+    tower_weights = {} if config.vision is None else rounded_weights(tower, config.vision)
     plan, report = calibrate(
         model,
         config.calib_data,
@@ -239,12 +246,13 @@ def quantize_(
         device=None if device is None else torch.device(device),
         progress=progress,
     )
-    if config.vision is not None:
-        weights = rounded_weights(tower, config.vision)
-        plan.parameters += [(tower[name], "weight", weight) for name, weight in weights.items()]
-        report.vision = list(weights)
-        report.not_quantized += [name for name in tower if name not in weights]
+    plan.parameters += [(tower[name], "weight", weight) for name, weight in tower_weights.items()]
+    report.vision = list(tower_weights)
+    report.not_quantized += [name for name in tower if name not in tower_weights]
     plan.apply(model, None if device is None else torch.device(device))
+    for module, _, value in plan.parameters:
+        if isinstance(value, PackedWeight):
+            show_weight(module)
     report.settings = {
         name: getattr(config, name)
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")

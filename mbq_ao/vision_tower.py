@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
@@ -26,7 +27,8 @@ def vision_linears(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool]
     linears = {
         f"{names[tower]}.{name}".removesuffix("."): module
         for name, module in tower.named_modules()
-        if isinstance(module, nn.Linear)
+        # torch.nn.MultiheadAttention computes with the weight of its out_proj itself.
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
     }
     chosen = {name: linear for name, linear in linears.items() if filter_fn is None or filter_fn(linear, name)}
     if not chosen:

@@ -1,6 +1,7 @@
 """Int3WeightOnlyConfig and Int8DynamicActivationInt4WeightMBQConfig through torchao's own quantize_."""
 
 import copy
+import io
 import textwrap
 
 import expecttest
@@ -73,6 +74,17 @@ def test_survives_torchao_s_serialization_of_configs(config: type, monkeypatch: 
     monkeypatch.setattr(torchao_config, "ALLOWED_AO_MODULES", {*torchao_config.ALLOWED_AO_MODULES, "mbq_ao.config"})
     instance = config(group_size=32)
     assert torchao_config.config_from_dict(torchao_config.config_to_dict(instance)) == instance
+
+
+def test_a_whole_model_is_saved_and_loaded() -> None:
+    model = nn.Sequential(nn.Linear(64, 32))
+    quantize_(model, Int3WeightOnlyConfig(group_size=32))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    assert repr(loaded) == repr(model) and "MBQInt3Tensor" in repr(loaded)
+    assert torch.equal(loaded(torch.ones(1, 64)), model(torch.ones(1, 64)))
 
 
 def test_quantized_model_is_copied_and_moved_with_its_print() -> None:

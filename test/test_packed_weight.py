@@ -138,6 +138,21 @@ class TestLinear:
         with torch.autocast("cpu", torch.bfloat16):
             assert F.linear(random_x(3, K), quantized(kind)).dtype == torch.bfloat16
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+    def test_autocast_does_not_reach_the_sums_of_integers(self, dtype: torch.dtype) -> None:
+        w, x = MBQW4A8Tensor.from_hp(torch.ones(16, 128)), torch.ones(2, 128)
+        with torch.autocast("cpu", dtype):
+            assert_same(F.linear(x, w), torch.full((2, 16), 128.0, dtype=dtype))  # 127 * 7 * 128 is beyond float16
+
+    @each_kind
+    def test_x_of_another_width_is_refused_also_within_a_tile(self, kind: Kind) -> None:
+        w = quantized(kind, 16, 100, None)
+        for x in (random_x(2, 70), random_x(2, 128)):
+            with pytest.raises(ValueError, match=f"dimension of x must be 100, .* got x of shape .2, {x.shape[1]}"):
+                F.linear(x, w)
+            with pytest.raises(ValueError, match="the last dimension of x must be 100"):
+                x @ w.t()
+
     @each_kind
     @pytest.mark.parametrize("group_size", [32, None])
     def test_gradients_reach_x(self, group_size: int | None, kind: Kind) -> None:

@@ -65,9 +65,9 @@ class TestConversions:
         assert_same_data(sliced.contiguous(), sliced.clone())
 
     def test_copy_in_both_directions(self, kind: Kind) -> None:
+        plain = torch.empty(N, K).copy_(quantized(kind))
+        assert_same(plain, quantized(kind).dequantize())
         w = quantized(kind, pre_scale=True)
-        plain = torch.empty(N, K).copy_(w)
-        assert_same(plain, w.dequantize())
         target = torch.empty_like(w)
         assert target.copy_(w) is target
         assert_same_data(target, w)
@@ -136,3 +136,10 @@ class TestStateDict:
         layer, target = linear(quantized(kind)), nn.Linear(K, N)
         target.load_state_dict(layer.state_dict())
         assert_same(target.weight.data, layer.weight.dequantize())
+
+    def test_into_a_plain_model_only_without_act_pre_scale(self, kind: Kind) -> None:
+        layer, target = linear(quantized(kind, pre_scale=True)), nn.Linear(K, N)
+        with pytest.raises(RuntimeError, match="which has no act_pre_scale; load a state dict with assign=True"):
+            target.load_state_dict(layer.state_dict())
+        target.load_state_dict(layer.state_dict(), assign=True)
+        assert_same(target(random_x(2, K)), layer(random_x(2, K)))

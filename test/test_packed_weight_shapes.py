@@ -77,6 +77,19 @@ class TestShapes:
         w = quantized(kind, pre_scale=pre_scale)
         assert_same_data(torch.cat(w.chunk(3, dim=dim), dim=dim), w)
 
+    def test_halves_of_a_scale_a_row_laid_together_serve(self, kind: Kind) -> None:
+        """Halves of 1152 columns are nine tiles of W4A8, and no whole number of 128 columns."""
+        k = 1152 if kind is MBQW4A8Tensor else 1536
+        w = quantized(kind, 32, k, None)
+        both = torch.cat(w.chunk(2, dim=1), dim=1)
+        assert both.group_size == k // 2
+        assert_same(both.dequantize(), w.dequantize())
+        torch.testing.assert_close(F.linear(random_x(3, k), both), F.linear(random_x(3, k), w), rtol=1e-4, atol=1e-4)
+
+    def test_an_empty_slice_at_the_end_of_any_size(self, kind: Kind) -> None:
+        w = quantized(kind, 40, 100, 32)
+        assert w[40:].shape == (0, 100) and w[:, 100:].shape == (40, 0)
+
     def test_cat_with_a_ragged_last_part(self, kind: Kind) -> None:
         w = quantized(kind, 70, 300, 32)
         assert_same_data(torch.cat([w[:64], w[64:]]), w)

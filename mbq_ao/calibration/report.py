@@ -16,7 +16,7 @@ class GroupReport:
     """One scale group of one block.
 
     linears, producer, fold: names relative to `block`; fold "act_pre_scale" if the scale stays on the
-    quantized tensors, "none" if the group is not scaled.
+    quantized tensors.
     alpha: the exponent taken (0 is plain rounding). losses: one per scale tried; loss_rtn is that of
     alpha = 0, loss that of `alpha`. sensitivity: the factor r on vision tokens, None if the balance is off.
     sensitivity_raw: r before the median floor.
@@ -44,7 +44,7 @@ class CalibrationReport:
         tower, those that its config left alone.
     vision: linears of the vision tower that were rounded without calibration.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
-    nbytes_before, nbytes_after: bytes of the quantized linears' weights.
+    num_linears, nbytes_before, nbytes_after: the calibrated linears, and bytes of their weights.
     """
 
     settings: dict[str, Any]

@@ -18,10 +18,10 @@ def check_input(x: Tensor) -> None:
         )
 
 
-def check_scale(scale: Tensor, k: int, group_size: int) -> None:
-    if group_size < 1 or (group_size < k and group_size not in (32, 64) and group_size % 128):
+def check_scale(scale: Tensor, k: int, group_size: int, tile_k: int) -> None:
+    if group_size < 1 or (group_size < k and group_size not in (32, 64) and group_size % tile_k):
         raise ValueError(
-            "group_size must be 32, 64, a multiple of 128, or at least K for one scale a row, "
+            f"group_size must be 32, 64, a multiple of {tile_k}, or at least K for one scale a row, "
             f"got {group_size} for K={k}"
         )
     if scale.dim() != 2 or scale.shape[1] != -(-k // group_size) or scale.dtype not in DTYPES:

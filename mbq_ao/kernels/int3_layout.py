@@ -69,6 +69,7 @@ def pack_int3(q: Tensor) -> Tensor:
     num_row_tiles, num_col_tiles = packed_shape(n, k)[:2]
     pad = (0, num_col_tiles * TILE_K - k, 0, num_row_tiles * TILE_N - n)
     q = torch.nn.functional.pad(q, pad) if any(pad) else q.contiguous()
+    q = q.clone() if q.storage_offset() % 4 else q  # four bytes at a time are read below
     # Four bytes at a time, the columns (hi, odd): row tile, block, up, g, column tile, pair, t, slab.
     bytes4 = q.view(torch.int32).view(num_row_tiles, 2, 2, 8, num_col_tiles, 4, 4, 2).permute(5, 7, 1, 0, 4, 3, 6, 2)
     planes = q.new_zeros((num_row_tiles, num_col_tiles, 3, 8, 4, 2, 2), dtype=torch.int32)  # .., g, t, hi, up

@@ -23,7 +23,7 @@ from torch import Tensor
 from mbq_ao.kernels.checks import check_bias_and_devices, check_input, check_one_device, check_scale, has_kernels
 from mbq_ao.kernels.grouped import linear_group
 from mbq_ao.kernels.int3_cpu import int3_linear_cpu
-from mbq_ao.kernels.int3_layout import TILE_N, check_qdata
+from mbq_ao.kernels.int3_layout import TILE_K, TILE_N, check_qdata
 from mbq_ao.kernels.reference import dequantize_reference
 
 _Tensors = Sequence[Tensor]
@@ -127,7 +127,7 @@ def _check_linear(
 
 
 def _check_weight(qdata: Tensor, scale: Tensor, zero_point: Tensor, k: int, group_size: int) -> None:
-    check_scale(scale, k, group_size)
+    check_scale(scale, k, group_size, TILE_K)
     if zero_point.shape != scale.shape or zero_point.dtype != torch.uint8:
         raise ValueError(
             f"zero_point must be uint8 of scale's shape {tuple(scale.shape)}, got {zero_point.dtype} of shape "

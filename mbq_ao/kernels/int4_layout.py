@@ -45,6 +45,7 @@ def pack_int4(q: Tensor) -> Tensor:
     num_row_tiles, num_col_tiles = packed_shape(n, k)[:2]
     pad = (0, num_col_tiles * TILE_K - k, 0, num_row_tiles * TILE_N - n)
     q = torch.nn.functional.pad(q, pad) if any(pad) else q.contiguous()
+    q = q.clone() if q.storage_offset() % 4 else q  # four bytes at a time are read below
     # Four bytes at a time, the columns i: row tile, up, g, column tile, high, hi, t.
     words = q.view(torch.int32).view(num_row_tiles, 2, 8, num_col_tiles, 2, 2, 4)
     low, high = words.permute(4, 0, 3, 2, 6, 5, 1).unbind(0)  # row tile, column tile, g, t, hi, up

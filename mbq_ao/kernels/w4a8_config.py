@@ -15,8 +15,6 @@ A step of the kernel's loop costs the largest of what it asks of one SM:
     shared    bytes of xq and packed words: written by cp.async, and read, xq by every 64 rows of the weight on Hopper
               and by every warp elsewhere
     L2        bytes of xq and of packed words
-
-What it says of an H200, 8192 x 8192, against a cuBLAS that takes 2/3 of the bf16 peak: see benchmarks/README.md.
 """
 
 import dataclasses
@@ -34,7 +32,7 @@ class W4A8Config:
     """How the kernel is cut into programs.
 
     block_n, block_m: rows of the weight and tokens a program; block_n in whole tiles of 16.
-    block_k: columns a slice and step of the loop, 64 or 128; 64 with groups of 32 or 64.
+    block_k: columns a slice and step of the loop, 64 or 128; 64 with groups that are no multiple of 128.
     slices: parts of a step's columns, each by warps of its own and summed at the end.
     splits: parts of K, each by programs of its own; fp32 parts are then summed by a second kernel, in their order.
     num_stages: of loads in flight, plus one.
@@ -51,20 +49,25 @@ class W4A8Config:
     fused: bool = False
 
     def __post_init__(self) -> None:
-        powers = (self.block_n, self.block_m, self.slices, self.splits, self.num_warps)
-        if any(value < 1 for value in powers) or any(value & (value - 1) for value in powers if value != self.splits):
-            raise ValueError(f"block_n, block_m, slices and num_warps must be powers of two, got {powers}")
+        powers = (self.block_n, self.block_m, self.slices, self.num_warps)
+        if any(value < 1 or value & (value - 1) for value in powers) or self.splits < 1:
+            raise ValueError(
+                f"block_n, block_m, slices and num_warps must be powers of two, got {powers}, and splits at least 1, "
+                f"got {self.splits}"
+            )
         if self.block_n < 16 or self.block_m < 8 or self.block_k not in (64, 128) or self.slices > 8:
             raise ValueError(
                 "block_n must be at least 16, block_m 8, block_k 64 or 128 and slices at most 8, got "
                 f"block_n={self.block_n}, block_m={self.block_m}, block_k={self.block_k}, slices={self.slices}"
             )
-        if self.fused and self.slices == 1:
-            raise ValueError("fused=True needs slices of K, got slices=1")
+        if self.fused and (self.slices == 1 or self.block_k != 64):
+            raise ValueError(
+                f"fused=True needs slices of K and block_k=64, got slices={self.slices}, block_k={self.block_k}"
+            )
 
     def serves(self, num_rows: int) -> bool:
-        """Whether it can be used for so many tokens."""
-        return not self.fused or num_rows <= self.block_m
+        """Whether it can be used for so many tokens; a grid has at most 65,535 programs in this direction."""
+        return num_rows <= self.block_m * (1 if self.fused else 65535)
 
 
 FEW_SMALL = W4A8Config(block_n=16, block_m=8, block_k=64, slices=8, num_warps=8, num_stages=6)
@@ -88,7 +91,7 @@ CUTS = (
 )
 # Counted by benchmarks/w4a8_sass_report.py on sm_90: registers a thread, and instructions of a step's warp. With a
 # scale a group the sums are held twice.
-_REGISTERS = {8: 48, 16: 62, 32: 64, 64: 96, 128: 128, 256: 208}
+_REGISTERS = {8: 56, 16: 62, 32: 64, 64: 90, 128: 128, 256: 254}
 
 
 def default_w4a8_config(num_rows: int, n: int, k: int, group: int, capability: tuple[int, int]) -> W4A8Config:
@@ -149,7 +152,7 @@ def cuts_for(group: int) -> list[W4A8Config]:
     if group == 0:
         return list(CUTS)
     cuts = [cut for cut in CUTS if cut is not MOST]  # which has no registers left for a second sum
-    return [dataclasses.replace(cut, block_k=64) for cut in cuts] if group < 128 else cuts
+    return [dataclasses.replace(cut, block_k=64) for cut in cuts] if group % 128 else cuts
 
 
 @functools.lru_cache(4096)

@@ -47,7 +47,10 @@ def w4a8_linear_cpu(
 
 
 def _fits_fp32(d: Tensor, scale: Tensor, k: int) -> bool:
-    """Whether finite tokens, dequantized, are finite, and sums of their products with weights, in any order."""
+    """Whether finite tokens, dequantized, are finite, and sums of their products with weights, in any order.
+
+    Of all tokens together: beside a token of 1e35 the others are computed in integers, too, and differ in last bits.
+    """
     if d.numel() * scale.numel() == 0:
         return False
     largest = 128 * d.double().nan_to_num(0.0, 0.0, 0.0).amax()

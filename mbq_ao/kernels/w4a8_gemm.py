@@ -98,7 +98,8 @@ def _scaled(x, pre_scale, k, K, HAS_PRE: tl.constexpr):
         finite = magnitude < 0x7F800000
         LARGEST: tl.constexpr = 3.4028234663852886e38  # stands in for a product beyond it
         v *= tl.load(pre_scale + k, mask=k < K, other=0.0).to(tl.float32)
-        v = tl.minimum(tl.maximum(v, -LARGEST), LARGEST)
+        ALL: tl.constexpr = tl.PropagateNan.ALL
+        v = tl.minimum(tl.maximum(v, -LARGEST, propagate_nan=ALL), LARGEST, propagate_nan=ALL)
         magnitude = tl.where(finite, v.to(tl.int32, bitcast=True) & 0x7FFFFFFF, magnitude)
     return v, magnitude
 
@@ -317,6 +318,8 @@ def w4a8_linear_triton(
     group = group_constant(scale, group_size)
     if config is None:
         config = default_w4a8_config(num_rows, n, k, group, capability_of(x.device))
+    if group and group % config.block_k and (group, config.block_k) != (32, 64):
+        raise ValueError(f"block_k={config.block_k} does not go with groups of {group}; take 64")
     split_tiles, num_splits = split_of(config, k)
     pre_scale = None if act_pre_scale is None else act_pre_scale.contiguous()
     if not config.serves(num_rows):

@@ -25,7 +25,7 @@ from mbq_ao.kernels.checks import (
     has_kernels,
 )
 from mbq_ao.kernels.grouped import linear_group
-from mbq_ao.kernels.int4_layout import TILE_N, check_int4_qdata
+from mbq_ao.kernels.int4_layout import TILE_K, TILE_N, check_int4_qdata
 from mbq_ao.kernels.reference import int4_dequantize_reference
 from mbq_ao.kernels.w4a8_cpu import w4a8_linear_cpu
 
@@ -51,7 +51,8 @@ def w4a8_linear(
         from mbq_ao.kernels.w4a8_gemm import w4a8_linear_triton
 
         return w4a8_linear_triton(x, qdata, scale, bias, act_pre_scale, group_size)
-    return w4a8_linear_cpu(x, qdata, scale, bias, act_pre_scale, group_size)
+    with torch.autocast(x.device.type, enabled=False):  # in whose 16 bits the sums would not fit
+        return w4a8_linear_cpu(x, qdata, scale, bias, act_pre_scale, group_size)
 
 
 @w4a8_linear.register_fake
@@ -139,6 +140,6 @@ def _check_linear(
 
 
 def _check_weight(qdata: Tensor, scale: Tensor, k: int, group_size: int) -> None:
-    check_scale(scale, k, group_size)
+    check_scale(scale, k, group_size, TILE_K)
     check_int4_qdata(qdata, scale.shape[0], k)
     check_one_device({"qdata": qdata, "scale": scale})

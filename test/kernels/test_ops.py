@@ -270,7 +270,7 @@ scale must be (N, ceil(K / group_size)) in float32, float16 or bfloat16, got tor
             None,
         )
         self.assert_w4a8_error(
-            """group_size must be 32, 64, a multiple of 128, or at least K for one scale a row, got 48 for K=96""",
+            """group_size must be 32, 64, a multiple of 64, or at least K for one scale a row, got 48 for K=96""",
             random_x(2, K),
             (qdata, scale),
             None,

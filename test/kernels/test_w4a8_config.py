@@ -54,6 +54,12 @@ def test_the_choice_is_the_best_cut() -> None:
             )
 
 
+def test_the_grid_is_within_its_limits() -> None:
+    for m, n, k, capability in ((1_100_000, 1, 256, (8, 0)), (2_200_000, 32, 32, (12, 0)), (5_000_000, 64, 64, H200)):
+        config = default_w4a8_config(m, n, k, 0, capability)
+        assert -(-m // config.block_m) <= 65535
+
+
 def test_a_token_has_a_small_block_and_a_prompt_a_large_one() -> None:
     for n, k in LAYERS[:3]:
         assert dataclasses.replace(default_w4a8_config(1, n, k, 0, H200), splits=1) in (FUSED, FUSED_SMALL)

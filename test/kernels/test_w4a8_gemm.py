@@ -142,6 +142,31 @@ def test_quantizing_tokens_in_every_program_changes_nothing(m: int, pre_scaled: 
 
 
 @needs_kernels
+def test_factors_that_are_not_finite() -> None:
+    x, _, _, _, pre_scale, _ = w4a8_problem(3, 1, 100, None, torch.float32)
+    pre_scale[5], pre_scale[7] = float("inf"), float("nan")
+    x[0, 7], x[1] = 1, 0
+    expected, d = quantize_tokens(x, pre_scale)
+    xq, d_kernel = quantize_tokens_triton(x, pre_scale, 128)
+    assert torch.equal(d.isnan(), d_kernel[:, None].isnan()) and d.isnan().all()  # 0 * NaN, too
+    assert torch.equal(xq[:, :100], expected)
+
+
+@needs_kernels
+def test_a_cut_that_does_not_go_with_the_groups() -> None:
+    args = w4a8_problem(3, 16, 256, 64, torch.bfloat16)
+    with pytest.raises(ValueError, match="block_k=128 does not go with groups of 64; take 64"):
+        w4a8_linear_triton(*args, SOME)
+
+
+@needs_kernels
+def test_groups_of_whole_tiles() -> None:
+    args = w4a8_problem(3, 40, 1152, None, torch.bfloat16)
+    args[2], args[5] = args[2].expand(-1, 6).contiguous(), 192
+    assert_matches_reference(w4a8_linear_triton(*args), args)
+
+
+@needs_kernels
 def test_no_rows() -> None:
     args = w4a8_problem(3, 40, 64, None, torch.bfloat16)
     args[0] = args[0][:0]
@@ -203,7 +228,9 @@ class TestErrors(expecttest.TestCase):
 
     def test_powers(self) -> None:
         self.assert_error(
-            """block_n, block_m, slices and num_warps must be powers of two, got (48, 8, 1, 1, 4)""",
+            """\
+block_n, block_m, slices and num_warps must be powers of two, got (48, 8, 1, 4), and splits at least
+1, got 1""",
             block_n=48,
             block_m=8,
         )
@@ -220,7 +247,7 @@ block_m=8, block_k=32, slices=1""",
 
     def test_fused(self) -> None:
         self.assert_error(
-            """fused=True needs slices of K, got slices=1""",
+            """fused=True needs slices of K and block_k=64, got slices=1, block_k=128""",
             block_n=32,
             block_m=8,
             fused=True,
