@@ -65,11 +65,8 @@ def pack_int3(q: Tensor) -> Tensor:
     """
     if q.dim() != 2 or q.dtype != torch.uint8:
         raise ValueError(f"pack_int3 packs a uint8 matrix, got {q.dtype} of shape {tuple(q.shape)}")
-    n, k = q.shape
-    num_row_tiles, num_col_tiles = packed_shape(n, k)[:2]
-    pad = (0, num_col_tiles * TILE_K - k, 0, num_row_tiles * TILE_N - n)
-    q = torch.nn.functional.pad(q, pad) if any(pad) else q.contiguous()
-    q = q.clone() if q.storage_offset() % 4 else q  # four bytes at a time are read below
+    num_row_tiles, num_col_tiles = packed_shape(*q.shape)[:2]
+    q = padded(q, TILE_N, TILE_K)
     # Four bytes at a time, the columns (hi, odd): row tile, block, up, g, column tile, pair, t, slab.
     bytes4 = q.view(torch.int32).view(num_row_tiles, 2, 2, 8, num_col_tiles, 4, 4, 2).permute(5, 7, 1, 0, 4, 3, 6, 2)
     planes = q.new_zeros((num_row_tiles, num_col_tiles, 3, 8, 4, 2, 2), dtype=torch.int32)  # .., g, t, hi, up
@@ -83,6 +80,14 @@ def pack_int3(q: Tensor) -> Tensor:
             else:
                 planes[:, :, plane, ..., hi, :] |= value << 3 * field
     return planes.view(torch.int16).view(num_row_tiles, num_col_tiles, *TILE_SHAPE)
+
+
+def padded(q: Tensor, tile_n: int, tile_k: int) -> Tensor:
+    """The matrix with zeros up to whole tiles, contiguous, and where four bytes can be read at a time."""
+    n, k = q.shape
+    pad = (0, -k % tile_k, 0, -n % tile_n)
+    q = torch.nn.functional.pad(q, pad) if any(pad) else q.contiguous()
+    return q.clone() if q.storage_offset() % 4 else q
 
 
 def unpack_int3(qdata: Tensor, n: int, k: int) -> Tensor:

@@ -24,6 +24,8 @@ quantized, so there it can have any order; the weight is stored in the one that 
 import torch
 from torch import Tensor
 
+from mbq_ao.kernels.int3_layout import padded
+
 TILE_N = 16
 TILE_K = 64
 TILE_SHAPE = (32, 16)  # lane, byte
@@ -41,11 +43,8 @@ def pack_int4(q: Tensor) -> Tensor:
     """
     if q.dim() != 2 or q.dtype != torch.int8:
         raise ValueError(f"pack_int4 packs an int8 matrix, got {q.dtype} of shape {tuple(q.shape)}")
-    n, k = q.shape
-    num_row_tiles, num_col_tiles = packed_shape(n, k)[:2]
-    pad = (0, num_col_tiles * TILE_K - k, 0, num_row_tiles * TILE_N - n)
-    q = torch.nn.functional.pad(q, pad) if any(pad) else q.contiguous()
-    q = q.clone() if q.storage_offset() % 4 else q  # four bytes at a time are read below
+    num_row_tiles, num_col_tiles = packed_shape(*q.shape)[:2]
+    q = padded(q, TILE_N, TILE_K)
     # Four bytes at a time, the columns i: row tile, up, g, column tile, high, hi, t.
     words = q.view(torch.int32).view(num_row_tiles, 2, 8, num_col_tiles, 2, 2, 4)
     low, high = words.permute(4, 0, 3, 2, 6, 5, 1).unbind(0)  # row tile, column tile, g, t, hi, up
