@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -77,15 +78,16 @@ class Frames:
         self.images = images
         self.seen: list[Any] = []
 
-    def fetch_videos(self, videos: Any, **options: Any) -> Any:
-        return videos, None
-
     def __call__(self, videos: Any, **options: Any) -> dict[str, Any]:
         self.seen.append(videos)
         frames = [frame for video in videos[0] for frame in video]
         patches = self.images(frames, return_tensors="pt")
         grid = torch.tensor([[len(video), *patches["image_grid_thw"][0, 1:].tolist()] for video in videos[0]])
-        return {"pixel_values_videos": patches["pixel_values"], "video_grid_thw": grid}
+        return {
+            "pixel_values_videos": patches["pixel_values"],
+            "video_grid_thw": grid,
+            "video_metadata": [SimpleNamespace(sampled_fps=24.0)] * len(videos[0]),
+        }
 
 
 def _with_stand_in(kind: Any, images: Any, *args: Any, **options: Any) -> Any:

@@ -209,16 +209,17 @@ class _Rows:
         except ImportError:
             raise
         except Exception as error:  # a dataset decodes the image here, and may raise whatever the decoder does
-            raise BadRow(f"cannot be read: {error}") from error
+            raise BadRow(f"cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _read_source(source: Any) -> _Rows:
     if isinstance(source, str | os.PathLike):
         rows = _read_file(Path(source))
-    elif isinstance(source, Mapping) or not (hasattr(source, "__len__") and hasattr(source, "__getitem__")):
+    elif not _has_rows(source):
         raise TypeError(
             "source must be a path, a sequence of rows or a datasets.Dataset (one split of it), got "
-            f"{type(source).__name__}; of a stream, take some rows first: list(itertools.islice(stream, 1000))"
+            f"{type(source).__name__}; of a stream, take some rows first, list(itertools.islice(stream, 1000)), of a "
+            "pandas frame its frame.to_dict('records')"
         )
     else:
         # Only of lists: the first row of a dataset may be the one that cannot be read.
@@ -228,6 +229,11 @@ def _read_source(source: Any) -> _Rows:
     if not len(rows):
         raise ValueError("source has no rows")
     return rows
+
+
+def _has_rows(source: Any) -> bool:
+    by_name = isinstance(source, Mapping) or hasattr(source, "iloc")  # indexed by split, or by column
+    return hasattr(source, "__len__") and hasattr(source, "__getitem__") and not by_name
 
 
 def _read_file(path: Path) -> _Rows:

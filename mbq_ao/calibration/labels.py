@@ -73,7 +73,7 @@ def render(processor: Any, conversation: Conversation) -> Rendered:
     except (ImportError, BadRow):
         raise
     except Exception as error:  # jinja's errors, those that templates raise themselves, and a missing key's
-        raise BadRow(f"the chat template refuses the conversation: {error}") from error
+        raise BadRow(f"the chat template refuses the conversation: {type(error).__name__}: {error}") from error
     answers = [answer for answer in (_trimmed(text, *answer) for answer in answers) if answer[1] > answer[0]]
     if not answers:
         raise BadRow("no answer: the chat template writes none of the assistant's turns")
@@ -144,7 +144,7 @@ def encode(processor: Any, rendered: Rendered) -> dict[str, Any]:
     except (ImportError, BadRow):
         raise
     except Exception as error:  # a processor's own, for the number of image tokens, an image's shape, ...
-        raise BadRow(f"{type(processor).__name__} refuses the row: {error}") from error
+        raise BadRow(f"{type(processor).__name__} refuses the row: {type(error).__name__}: {error}") from error
     return {**inputs, "labels": labels}
 
 
