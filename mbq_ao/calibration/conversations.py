@@ -10,6 +10,7 @@ Each becomes a Conversation, so that everything after this file knows one form.
 
 from __future__ import annotations
 
+import base64
 import io
 import os
 import re
@@ -199,15 +200,19 @@ def load_image(source: Any, image_folder: str | os.PathLike[str] | None = None) 
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str | os.PathLike) and not _is_address(source):
         source = _existing_file(source, image_folder, "image")
-    name = source if isinstance(source, str) and len(source) < 300 else "of the row"
+    data = isinstance(source, str) and source.startswith("data:")
+    name = source if isinstance(source, str) and not data else "of the row"
     try:
+        if data:
+            source = base64.b64decode(source.partition(",")[2])
         if isinstance(source, bytes):
             source = Image.open(io.BytesIO(source))
         elif hasattr(source, "__array_interface__") and not isinstance(source, Image.Image):
             source = Image.fromarray(source)
         return transformers_load_image(source)
     except Exception as error:  # whatever a decoder or the network may raise: the row is bad, the run goes on
-        raise BadRow(f"image {name} cannot be opened: {error}") from error
+        reason = str(error).partition(" <_io")[0]  # the address of a buffer says nothing
+        raise BadRow(f"image {name} cannot be opened: {reason}") from error
 
 
 def _load_video(video: Any, image: Callable[[Any], Any], image_folder: str | os.PathLike[str] | None) -> Any:

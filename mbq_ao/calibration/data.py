@@ -86,7 +86,8 @@ def calibration_data(
         while len(batches) < n_samples // 2 and len(pair := list(itertools.islice(good, 2))) == 2:
             (first_name, first, _), (second_name, second, _) = pair
             joined = first + second if mode == "few_shot" else first + fillers.between(first, second) + second
-            batches += (b for b in [reader.encode(f"{first_name} with {second_name}", joined)] if b is not None)
+            if (batch := reader.encode(f"{first_name} with {second_name}", joined)) is not None:
+                batches.append(batch)
     per_batch = 1 if mode == "single" else 2
     reader.report(len(batches) * per_batch, n_samples // per_batch * per_batch, len(rows))
     return [_with_dtype(batch, dtype) for batch in batches]

@@ -137,6 +137,8 @@ def encode(processor: Any, rendered: Rendered) -> dict[str, Any]:
     """
     try:
         inputs = _process(processor, rendered, rendered.text)
+        if rendered.videos and not hasattr(processor, "video_processor") and not any("video" in key for key in inputs):
+            raise BadRow(f"{type(processor).__name__} takes no videos")  # it ignores them, saying nothing
         ids = inputs["input_ids"]
         labels = torch.full_like(ids, IGNORE_INDEX)
         for start, end in _find_answers(processor, rendered, ids[0].tolist()):

@@ -76,10 +76,18 @@ def test_images_that_cannot_be_opened(processor: Any, tmp_path: Path) -> None:
         said.replace(str(tmp_path), "FOLDER"),
         """image FOLDER/cut.bmp cannot be opened: image file is truncated (446 bytes not processed)""",
     )
-    expect(why({**GOOD, "image": "data:image/png;base64,AAAA"}, processor).partition("<_io")[0], """""")
-    expect(why({**GOOD, "image": 7}, processor), """""")
+    expect(
+        why({**GOOD, "image": "data:image/png;base64,AAAA"}, processor),
+        """image of the row cannot be opened: cannot identify image file""",
+    )
+    expect(
+        why({**GOOD, "image": 7}, processor),
+        """\
+image of the row cannot be opened: Incorrect format used for image. Should be an url linking to an image, a base64 \
+string, a local path, or a PIL image.""",
+    )
     said = why({**GOOD, "image": "gone.png"}, processor, image_folder=tmp_path)
-    expect(said.replace(str(tmp_path), "FOLDER"), """""")
+    expect(said.replace(str(tmp_path), "FOLDER"), """image file not found: FOLDER/gone.png""")
 
 
 def test_rows_without_an_answer(processor: Any) -> None:
@@ -91,7 +99,8 @@ def test_rows_without_an_answer(processor: Any) -> None:
     expect(
         why({"image": IMAGE, "caption": "red"}, processor),
         """\
-no messages, no conversations, no question and answer: got ['caption', 'image']; name the columns, such as columns={"question": ..., "answer": ...}""",
+no messages, no conversations, no question and answer: got ['caption', 'image']; name the columns, such as \
+columns={"question": ..., "answer": ...}""",
     )
     expect(
         why([{"role": "assistant", "content": "red"}], processor),
@@ -122,9 +131,10 @@ def test_images_that_do_not_match_their_places(processor: Any) -> None:
     expect(
         why(chat(IMAGE_PART, {"type": "text", "text": "Is <image> a token?"}), processor),
         """\
-LlavaProcessor refuses the row: ValueError: The total number of <image> tokens in the prompts should be the same as the number of images passed. Found total 2 <image> tokens and 1 images.""",
+LlavaProcessor refuses the row: ValueError: The total number of <image> tokens in the prompts should be the same as \
+the number of images passed. Found total 2 <image> tokens and 1 images.""",
     )
-    expect(why(chat({"type": "video", "video": [IMAGE]}), processor), """""")
+    expect(why(chat({"type": "video", "video": [IMAGE]}), processor), """LlavaProcessor takes no videos""")
 
 
 def test_rows_of_no_known_form(processor: Any) -> None:
@@ -170,7 +180,8 @@ def test_templates_that_hide_the_answer() -> None:
         refused(ValueError, [GOOD], other),
         """\
 none of the 1 rows can be used for calibration; 1 bad:
-  row 0: the chat template does not continue its own prompt: turn 1 is asked for after '[user]<image>Which?<end>\\n[assistant]? ', which the whole conversation does not have there""",
+  row 0: the chat template does not continue its own prompt: turn 1 is asked for after \
+'[user]<image>Which?<end>\\n[assistant]? ', which the whole conversation does not have there""",
     )
     silent = build_processor(
         chat_template=MARKED_TEMPLATE.replace("{{- message['content'][0]['text'] + '<end>' }}", "")
@@ -231,7 +242,8 @@ calibration data: n_samples=3 wanted, 2 used: the source has 3 rows
     )
     expect(
         refused(ValueError, file, processor, n_samples=3, strict=True),
-        """rows.jsonl line 3: not JSON: Unterminated string starting at at column 34 (strict=False skips such rows)""",
+        """rows.jsonl line 3: not JSON: Unterminated string starting at at column 34 (strict=False skips such \
+rows)""",
     )
 
 
@@ -256,7 +268,8 @@ def test_sources(processor: Any) -> None:
     expect(
         refused(TypeError, iter([GOOD]), processor),
         """\
-source must be a path, a sequence of rows or a datasets.Dataset (one split of it), got list_iterator; of a stream, take some rows first, list(itertools.islice(stream, 1000)), of a pandas frame its frame.to_dict('records')""",
+source must be a path, a sequence of rows or a datasets.Dataset (one split of it), got list_iterator; of a stream, \
+take some rows first, list(itertools.islice(stream, 1000)), of a pandas frame its frame.to_dict('records')""",
     )
     assert "got dict; " in refused(TypeError, {"train": [GOOD]}, processor)
     assert "got NoneType; " in refused(TypeError, None, processor)
@@ -276,7 +289,8 @@ processor must be the model's own, AutoProcessor.from_pretrained(name), got str"
     expect(
         refused(ValueError, [GOOD], build_processor(chat_template=None)),
         """\
-LlavaProcessor has no chat template, which says how a question and its answer are written; set processor.chat_template, or make the batches by hand (see mbq_config)""",
+LlavaProcessor has no chat template, which says how a question and its answer are written; set \
+processor.chat_template, or make the batches by hand (see mbq_config)""",
     )
 
 
