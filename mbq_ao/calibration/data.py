@@ -169,16 +169,18 @@ class _Fillers:
         self.texts = itertools.cycle(texts or [])
 
     def between(self, first: Rendered, second: Rendered) -> Rendered:
-        """As text, which the processor will read as exactly NUM_BETWEEN tokens more than without it."""
+        """As text, which the processor reads as NUM_BETWEEN tokens, or as near to it as the texts' tokens come."""
         # Decoded text need not give the same tokens again, at its ends above all, so a few more or less may be needed.
         num, spare = NUM_BETWEEN, 64
         ids: list[int] = []
         while len(ids) < num + spare:
             text = " ".join(next(self.texts).split(" ")[: 4 * num])  # no need to read a whole book
             ids += self.tokenizer.encode(("\n\n" if ids else "") + text.strip(), add_special_tokens=False)
-        for _ in range(8):
-            # A stretch that ends inside a character ends with the replacement character.
-            text = self.tokenizer.decode(ids[:num], skip_special_tokens=True).rstrip("\ufffd").strip()
+        for attempt in range(spare // 2):
+            # Of a text with long characters no number of tokens may do: then begin a little later.
+            start = max(0, attempt - 4)
+            # A stretch that begins or ends inside a character has the replacement character there.
+            text = self.tokenizer.decode(ids[start : start + num], skip_special_tokens=True).strip("\ufffd \n\t")
             excess = self._count(first.text + text + second.text) - self._count(first.text + second.text) - NUM_BETWEEN
             if not excess:
                 break

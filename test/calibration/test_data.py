@@ -13,6 +13,7 @@ import torch
 from models import IMAGE, build_model, model_inputs
 from PIL import Image
 from processors import CHAT_TEMPLATE, MARKED_TEMPLATE, PROCESSORS, build_processor, build_tokenizer
+from tokenizers.normalizers import Prepend
 from tokenizers.processors import TemplateProcessing
 
 from mbq_ao import MBQInt3Tensor, calibration_data, mbq_config, quantize_
@@ -232,6 +233,22 @@ def test_a_blank_before_the_answer(headers: str, marks: tuple[str, str]) -> None
     (batch,) = calibration_data([row], processor, n_samples=1)
     assert answers_of(processor, batch) == " red"
     assert (batch["labels"] != IGNORE_INDEX).sum() == 1
+
+
+@pytest.mark.parametrize("marks", [("", ""), ("{%- generation %}", "{%- endgeneration %}")], ids=["plain", "marked"])
+def test_a_tokenizer_that_puts_a_blank_after_special_tokens(marks: tuple[str, str]) -> None:
+    # As LLaVA-1.5: no special token but the image's in the text, and SentencePiece's blank at each beginning.
+    processor = build_processor(
+        chat_template="{%- for message in messages %}{{- message['role'].upper() + ': ' }}"
+        "{%- for part in message['content'] %}"
+        "{%- if part['type'] == 'image' %}{{- '<image>' }}"
+        "{%- elif message['role'] == 'user' %}{{- part['text'] + ' ' }}"
+        f"{{%- else %}}{marks[0]}{{{{- part['text'] + ' ' }}}}{marks[1]}"
+        "{%- endif %}{%- endfor %}{%- endfor %}{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"
+    )
+    processor.tokenizer.backend_tokenizer.normalizer = Prepend(" ")
+    (batch,) = calibration_data([conversation()], processor, n_samples=1)
+    assert answers_of(processor, batch) == " A red\n\ncat: red red"
 
 
 def test_first_token_is_not_doubled(processor: Any, pairs: list[dict[str, str]]) -> None:
