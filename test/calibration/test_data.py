@@ -242,7 +242,7 @@ def test_a_tokenizer_that_puts_a_blank_after_special_tokens(marks: tuple[str, st
         chat_template="{%- for message in messages %}{{- message['role'].upper() + ': ' }}"
         "{%- for part in message['content'] %}"
         "{%- if part['type'] == 'image' %}{{- '<image>' }}"
-        "{%- elif message['role'] == 'user' %}{{- part['text'] + ' ' }}"
+        "{%- elif message['role'] != 'assistant' %}{{- part['text'] + ' ' }}"
         f"{{%- else %}}{marks[0]}{{{{- part['text'] + ' ' }}}}{marks[1]}"
         "{%- endif %}{%- endfor %}{%- endfor %}{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}"
     )
