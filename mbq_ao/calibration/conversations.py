@@ -209,7 +209,7 @@ def load_image(source: Any, image_folder: str | os.PathLike[str] | None = None) 
             source = Image.open(io.BytesIO(source))
         elif hasattr(source, "__array_interface__") and not isinstance(source, Image.Image):
             source = Image.fromarray(source)
-        return transformers_load_image(source)
+        return transformers_load_image(source, timeout=60)  # by default it waits forever
     except Exception as error:  # whatever a decoder or the network may raise: the row is bad, the run goes on
         reason = str(error).partition(" <_io")[0]  # the address of a buffer says nothing
         raise BadRow(f"image {name} cannot be opened: {reason}") from error

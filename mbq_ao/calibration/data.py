@@ -63,7 +63,7 @@ def calibration_data(
     texts: for "interleave"; the published code takes documents of the Pile. Shorter texts are put together.
     max_length: leave out batches of more tokens. Nothing is cut: an image or an answer cut in two calibrates badly.
     dtype: of pixel values and other floating-point inputs, such as the model's; None leaves the processor's, float32.
-    strict: raise for the first bad row instead of skipping it.
+    strict: raise for the first bad row that is drawn instead of skipping it.
 
     A bad row (a missing or broken image, no answer, images that do not match their places, a line that is not JSON)
     is skipped and another one drawn; one warning names the bad rows and counts them. Warns when fewer than n_samples
