@@ -199,15 +199,17 @@ def load_image(source: Any, image_folder: str | os.PathLike[str] | None = None) 
     if isinstance(source, Mapping):  # as datasets gives an image that it was told not to decode
         source = source.get("bytes") or source.get("path")
     if isinstance(source, str | os.PathLike) and not _is_address(source):
-        source = _existing_file(source, image_folder, "image")
+        source = Path(_existing_file(source, image_folder, "image"))
     data = isinstance(source, str) and source.startswith("data:")
-    name = source if isinstance(source, str) and not data else "of the row"
+    name = source if isinstance(source, str | Path) and not data else "of the row"
     try:
         if data:
             source = base64.b64decode(source.partition(",")[2])
-        if isinstance(source, bytes):
-            source = Image.open(io.BytesIO(source))
-        elif hasattr(source, "__array_interface__") and not isinstance(source, Image.Image):
+        if isinstance(source, bytes | Path):
+            # Opened here, as transformers leaves a file open that breaks off.
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
+                return transformers_load_image(opened)
+        if hasattr(source, "__array_interface__") and not isinstance(source, Image.Image):
             source = Image.fromarray(source)
         return transformers_load_image(source, timeout=60)  # by default it waits forever
     except Exception as error:  # whatever a decoder or the network may raise: the row is bad, the run goes on

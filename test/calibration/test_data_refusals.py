@@ -3,6 +3,7 @@
 import json
 import sys
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,17 @@ def processor() -> Any:
     return build_processor()
 
 
+def user_warnings(caught: Iterable[warnings.WarningMessage]) -> list[str]:
+    return [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+
+
 def why(row: Any, processor: Any, **options: Any) -> str:
     """What is said of the row: the same with a good one beside it, under strict, and alone."""
     rows = [row, GOOD]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         assert len(calibration_data(rows, processor, n_samples=2, **options)) == 1
-    (warning,) = [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
+    (warning,) = user_warnings(caught)
     head, text = warning.split("\n  row 0: ")
     assert head == "calibration data: n_samples=2 wanted, 1 used: the source has 2 rows\n1 bad:"
     with pytest.raises(ValueError) as strict:
@@ -234,7 +239,7 @@ def test_lines_that_are_no_json(processor: Any, tmp_path: Path) -> None:
     with pytest.warns(UserWarning) as caught:
         assert len(calibration_data(str(file), processor, n_samples=3)) == 2
     expect(
-        str(caught[0].message),
+        user_warnings(caught)[0],
         """\
 calibration data: n_samples=3 wanted, 2 used: the source has 3 rows
 1 bad:
@@ -338,9 +343,9 @@ def test_many_bad_rows_are_counted_in_one_warning(processor: Any) -> None:
     rows = [{**GOOD, "image": f"{i}.png"} for i in range(8)] + [GOOD] * 2
     with pytest.warns(UserWarning) as caught:
         assert len(calibration_data(rows, processor, n_samples=10)) == 2
-    (warning,) = caught
+    (warning,) = user_warnings(caught)
     expect(
-        str(warning.message),
+        warning,
         """\
 calibration data: n_samples=10 wanted, 2 used: the source has 10 rows
 8 bad:
