@@ -1,6 +1,7 @@
 """mbq_ao: modality-balanced quantization (W3A16, W4A8) of vision-language models, torchao style.
 
-    from mbq_ao import mbq_config, quantize_
+    from mbq_ao import calibration_data, mbq_config, quantize_
+    calib_data = calibration_data("conversations.json", processor)
     report = quantize_(model, mbq_config(calib_data))
 
 The tree, and which way imports go (each line imports only from lines above it):
@@ -39,6 +40,7 @@ __all__ = [
     "MBQInt3Tensor",
     "MBQW4A8Tensor",
     "ScaleGroup",
+    "calibration_data",
     "compile_options",
     "fuse_linears_",
     "mbq_config",
@@ -52,6 +54,7 @@ __all__ = [
 _LAZY = {
     "CalibrationReport": "mbq_ao.calibration.report",
     "ScaleGroup": "mbq_ao.calibration.fold",
+    "calibration_data": "mbq_ao.calibration.data",
     "compile_options": "mbq_ao.fuse_linears",
     "fuse_linears_": "mbq_ao.fuse_linears",
     "tune": "mbq_ao.tuning",

@@ -159,7 +159,8 @@ def mbq_config(
     calib_data: iterable of dicts as a transformers processor returns them for image, question and
         answer, with `labels` (B, T), -100 on every token that is not answer. `vision_mask` and
         `answer_mask`, bool (B, T), override what is found from the model's config and from the labels.
-        It is read once; batches may differ in length.
+        It is read once; batches may differ in length. `mbq_ao.calibration_data` makes it of conversations, of a
+        file or a dataset.
     precision: "w3a16", 3-bit weights with an asymmetric grid, activations as they are. "w4a8", 4-bit weights with a
         symmetric grid, and activations rounded to 8 bits as they come, one scale a token.
     group_size: 32, 64 or 128 input channels share a scale; None: one scale a row. "auto" is 128 for w3a16 and None

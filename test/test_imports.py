@@ -76,7 +76,8 @@ def test_import_is_silent_and_leaves_calibration_out() -> None:
     done = run_python(
         "import mbq_ao, sys\n"
         "assert not {'mbq_ao.calibration', 'mbq_ao.fuse_linears'} & sys.modules.keys()\n"
-        "mbq_ao.ScaleGroup, mbq_ao.fuse_linears_"
+        "mbq_ao.ScaleGroup, mbq_ao.fuse_linears_, mbq_ao.calibration_data\n"
+        "assert not {'transformers', 'PIL'} & sys.modules.keys()"
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 

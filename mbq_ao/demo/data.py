@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import ProcessorMixin
 
+from mbq_ao.calibration.conversations import Conversation
+from mbq_ao.calibration.labels import encode, render
 from mbq_ao.demo.model import package_directory
 
 SHAPES = ("circle", "rectangle", "triangle")
@@ -83,29 +84,9 @@ def labelled_inputs(processor: ProcessorMixin, row: VqaRow) -> dict[str, Tensor]
 
     labels[0, t] is input_ids[0, t] where that token is one the model has to generate, the answer and the
     end-of-turn token that closes it, and IGNORE elsewhere; the shift by one is left to the loss, as transformers does.
-    Needs a chat template whose prompt is a prefix of the whole conversation; raises ValueError otherwise.
+    Raises ValueError if the chat template's prompt is not a prefix of the whole conversation.
     """
-
-    def encode(answer: str | None) -> dict[str, Tensor]:
-        text = processor.apply_chat_template(
-            chat_messages(row.question, answer), add_generation_prompt=answer is None, tokenize=False
-        )
-        return dict(processor(text=[text], images=[row.image], return_tensors="pt"))
-
-    asked, inputs = encode(None)["input_ids"][0], encode(row.answer)
-    ids = inputs["input_ids"][0]
-    start = len(asked)
-    if len(ids) <= start or not torch.equal(ids[:start], asked):
-        raise ValueError(
-            f"the chat template of {type(processor).__name__} does not continue its own generation prompt, so the "
-            f"answer's tokens cannot be located; question {row.question!r}"
-        )
-    # Templates put white space after the end of a turn; no model generates it.
-    ends = (ids[start:] == processor.tokenizer.eos_token_id).nonzero()
-    stop = start + int(ends[0]) + 1 if len(ends) else len(ids)
-    labels = torch.full_like(ids, IGNORE)
-    labels[start:stop] = ids[start:stop]
-    return inputs | {"labels": labels[None]}
+    return encode(processor, render(processor, Conversation(chat_messages(row.question, row.answer), [row.image])))
 
 
 def calibration_batches(
