@@ -116,9 +116,9 @@ class CalibrationReport:
                 f"vision tower: {len(self.vision)} linears rounded without calibration, {self.settings.get('vision')}"
             )
         if self.not_scaled:
-            lines.append(f"rounded without a scale: {_some(self.not_scaled)}")
+            lines.append(f"rounded without a scale: {some(self.not_scaled)}")
         if self.not_quantized:
-            lines.append(f"not quantized: {_some(self.not_quantized)}")
+            lines.append(f"not quantized: {some(self.not_quantized)}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -134,7 +134,7 @@ class CalibrationReport:
         return figure
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    """A list for the summary; records and JSON have all of it."""
+def some(names: list[str], most: int = 8) -> str:
+    """A list for a summary: the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -41,11 +41,12 @@ from tqdm.auto import tqdm
 
 import mbq_ao
 from mbq_ao.calibration.batch import CalibrationBatch
+from mbq_ao.calibration.report import some
 from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
 _FORMAT = 1  # to be raised when a step comes to compute something else from the same fingerprint
 _LOCK = "mbq_ao.lock"
-_MOST = 10  # differences named in one message
+_MOST = 10  # lines about what differs
 _HASH = " sha256:"
 # Of the model's config: where it came from and what wrote it. dtypes are those of the parameters.
 _NOT_COMPUTED_WITH = ("transformers_version", "architectures", "dtype", "torch_dtype")
@@ -108,12 +109,12 @@ class WorkDir(Store):
         if found := _differences(known.record["fingerprint"], run.fingerprint):
             raise ValueError(
                 f"work_dir {str(self.path)!r} is of another run; pass another folder, or delete this one. "
-                f"What differs:\n{_listed(found)}"
+                f"What differs:\n{found}"
             )
         if found := _differences(known.record["environment"], run.environment):
             warnings.warn(
                 f"work_dir {str(self.path)!r} was begun under other conditions, so that the last bits of the result "
-                f"may differ from those of a run under one:\n{_listed(found)}",
+                f"may differ from an uninterrupted run's:\n{found}",
                 stacklevel=2,
             )
 
@@ -132,9 +133,10 @@ class WorkDir(Store):
     def _write(self, name: str, key: str, state: State) -> None:
         record = json.dumps(state.record)
         tensors = {str(i): tensor.detach().cpu().contiguous() for i, tensor in enumerate(state.tensors)}
-        metadata = {"key": key, "record": record, "checksum": _checksum(key, record, list(tensors.values()))}
+        # One entry, as safetensors writes several in any order: the same state is the same bytes.
+        entry = {"key": key, "record": record, "checksum": _checksum(key, record, list(tensors.values()))}
         with _told(self.path):
-            _write_durably(self._file(name), safetensors.torch.save(tensors, metadata))
+            _write_durably(self._file(name), safetensors.torch.save(tensors, {"mbq_ao": json.dumps(entry)}))
 
     def _read(self, name: str, key: str) -> State | None:
         """None if there is no file; None and a warning if it is damaged or follows from something else."""
@@ -143,13 +145,13 @@ class WorkDir(Store):
             if not path.exists():
                 return None
             with safetensors.safe_open(path, "pt") as file:
-                metadata = file.metadata()
+                entry = json.loads(file.metadata()["mbq_ao"])
                 tensors = [file.get_tensor(str(i)) for i in range(len(file.keys()))]
-            if _checksum(metadata["key"], metadata["record"], tensors) != metadata["checksum"]:
+            if _checksum(entry["key"], entry["record"], tensors) != entry["checksum"]:
                 raise ValueError("its checksum is wrong")
-            if metadata["key"] != key:
+            if entry["key"] != key:
                 raise ValueError("it is of another run")
-            return State(json.loads(metadata["record"]), tensors, resumed=True)
+            return State(json.loads(entry["record"]), tensors, resumed=True)
         except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             warnings.warn(
                 f"{path} cannot be used and is computed again ({type(error).__name__}: {error})", stacklevel=4
@@ -255,25 +257,24 @@ def describe_run(
     """
     config: Any = getattr(model, "config", None)
     device = batches[0].labels.device
-    named = [("parameter", *item) for item in model.named_parameters()]
-    named += [("buffer", *item) for item in model.named_buffers()]
+    named = [*model.named_parameters(), *model.named_buffers()]
     fingerprint = {
         "format of the files": str(_FORMAT),
         "model class": type(model).__name__,
         **{f"model config {k}": v for k, v in _flat(config.to_dict() if hasattr(config, "to_dict") else {})},
         **{
-            f"{kind} {name}": _tensor_text(tensor)
-            for kind, name, tensor in tqdm(named, desc="fingerprint", disable=not progress, leave=False)
+            name: _tensor_text(tensor)
+            for name, tensor in tqdm(named, desc="fingerprint", disable=not progress, leave=False)
         },
-        **{f"linears of {block}": " ".join(linears) for block, linears in selected.items()},
-        "recipe": next((name for name, r in RECIPES.items() if r == settings.recipe), repr(settings.recipe)),
+        **{f"quantized linear {block}.{name}": "" for block, linears in selected.items() for name in linears},
+        "recipe": repr(next((name for name, r in RECIPES.items() if r == settings.recipe), settings.recipe)),
         **{name: repr(getattr(settings, name)) for name in ("quantizer", "balance", "loss", "propagate_error")},
         **{name: repr(getattr(settings, name)) for name in ("n_grid", "scale_groups")},
     }
     for index, batch in enumerate(batches):
         masks = {"labels": batch.labels, "vision_mask": batch.vision, "answer_mask": batch.answer, "valid": batch.valid}
         for path, leaf in tree_flatten_with_path({**batch.inputs, **masks})[0]:
-            name = f"calibration batch {index} {keystr(path)}"
+            name = f"calibration batch {index}{keystr(path)}"
             fingerprint[name] = _tensor_text(leaf) if isinstance(leaf, Tensor) else _value_text(name, leaf)
     computer = f"{platform.machine()}, {torch.get_num_threads()} threads"
     environment = {
@@ -334,19 +335,18 @@ def _checksum(key: str, record: str, tensors: Sequence[Tensor]) -> str:
     return _sha256("\n".join([key, record, *map(_tensor_text, tensors)]).encode())
 
 
-def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """One line for every name whose text differs, in their order."""
-    lines = []
+def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The names whose text differs, one line for those that differ in the same way; "" if none does."""
+    names_by_text: dict[str, list[str]] = {}
     for name in dict.fromkeys([*now, *before]):
         if name not in before or name not in now:
-            lines.append(f"{name}: {'only in this call' if name in now else 'only in work_dir'}")
+            text = "only in this call" if name in now else "only in work_dir"
         elif before[name] != now[name]:
             (there, _, _), (here, _, _) = (text.partition(_HASH) for text in (before[name], now[name]))
-            same = there == here  # of tensors: shape and dtype
-            lines.append(f"{name}: other values" if same else f"{name}: {there} in work_dir, {here} in this call")
-    return lines
-
-
-def _listed(lines: list[str]) -> str:
-    more = [f"and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
-    return "\n".join(f"  {line}" for line in lines[:_MOST] + more)
+            text = f"{there} in work_dir, {here} in this call" if there != here else "other values"
+        else:
+            continue
+        names_by_text.setdefault(text, []).append(name)
+    lines = [f"  {some(names, most=2)}: {text}" for text, names in names_by_text.items()]
+    more = [f"  and {len(lines) - _MOST} more"] if len(lines) > _MOST else []
+    return "\n".join(lines[:_MOST] + more)
