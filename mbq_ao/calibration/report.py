@@ -100,7 +100,7 @@ class CalibrationReport:
         megabyte = 1e6
         ratio = self.nbytes_before / self.nbytes_after if self.nbytes_after else float("nan")
         gains = [1 - g.loss / g.loss_rtn for g in self.groups if g.loss_rtn]
-        resumed = f", the scales of {self.num_resumed} layers taken from work_dir" if self.num_resumed else ""
+        resumed = f", layers taken from work_dir: {self.num_resumed}" if self.num_resumed else ""
         lines = [
             f"{self.num_linears} linears: {self.nbytes_before / megabyte:.1f} MB -> "
             f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), calibrated in {self.seconds:.0f} s{resumed}"

@@ -179,7 +179,9 @@ def open_work_dir(path: str | os.PathLike[str] | None) -> Iterator[Store]:
             "deleted as a whole"
         )
     with _told(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        if not folder.exists():
+            folder.mkdir(parents=True, exist_ok=True)  # another process may have been faster
+            _sync_folder(folder.parent)
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _lock(lock, folder)
@@ -236,7 +238,11 @@ def _write_durably(path: Path, content: bytes) -> None:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
@@ -257,7 +263,9 @@ def describe_run(
     """
     config: Any = getattr(model, "config", None)
     device = batches[0].labels.device
-    named = [*model.named_parameters(), *model.named_buffers()]
+    # A buffer that is not saved is computed from the config, by some models (dynamic RoPE) anew in every forward.
+    saved = model.state_dict().keys()
+    named = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]
     fingerprint = {
         "format of the files": str(_FORMAT),
         "model class": type(model).__name__,

@@ -26,6 +26,7 @@ from models import assert_unchanged, build_batch, build_model, snapshot
 from refusals import refused
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from tqdm.auto import tqdm
 
 from mbq_ao import CalibrationReport, Int3WeightOnlyConfig, MBQInt3Tensor, mbq_config, quantize_
 from mbq_ao.calibration import block, mbq, work_dir
@@ -45,18 +46,20 @@ def calib_data() -> list[dict[str, Any]]:
     return [build_batch("llava", seed=1), build_batch("llava", num_text=12, seed=2)]
 
 
-def calibrated(folder: Path | None, model: nn.Module | None = None, **options: Any) -> Result:
+def calibrated(
+    folder: Path | None, model: nn.Module | None = None, device: str | None = None, **options: Any
+) -> Result:
     """Everything in the model after one call, and its report."""
     model = model or build()
     config = mbq_config(calib_data(), **{"group_size": 32, "n_grid": 2, **options})
-    report = quantize_(model, config, progress=False, work_dir=folder)
+    report = quantize_(model, config, device=device, progress=False, work_dir=folder)
     assert report is not None
     return {name: parts(tensor) for name, tensor in model.state_dict().items()}, report
 
 
 def parts(tensor: Tensor) -> list[Tensor]:
     if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
+        return [tensor.cpu()]
     return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
 
 
@@ -87,6 +90,7 @@ def calibrate_and_stop(folder: Path, options: dict[str, Any], function: str, cal
         return original(*args)
 
     setattr(os, function, stopping)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     calibrated(folder, **options)
 
 
@@ -150,7 +154,16 @@ def test_finished_before(
     monkeypatch.delattr(mbq, "modality_sensitivity")
     result = calibrated(tmp_path, **options)
     assert_same(result, uninterrupted(**options), NUM_LAYERS)
-    assert "the scales of 3 layers taken from work_dir" in result[1].summary()
+    assert "layers taken from work_dir: 3" in result[1].summary()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "propagate_error"), KINDS)
+def test_finished_before_on_a_gpu(precision: str, propagate_error: bool, tmp_path: Path) -> None:
+    options = {"precision": precision, "propagate_error": propagate_error, "device": "cuda"}
+    first = calibrated(tmp_path, **options)
+    (tmp_path / "block_0001.safetensors").unlink()
+    assert_same(calibrated(tmp_path, **options), first, NUM_LAYERS - 1)
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +180,10 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_what_does_not_matter(copied: Path, tmp_path: Path) -> None:
-    """The same model by way of a checkpoint, and the vision tower's precision."""
+    """The same model by way of a checkpoint, buffers that are not part of one, and the vision tower's precision."""
     build().save_pretrained(tmp_path / "checkpoint")
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
+    model.register_buffer("memory", torch.rand(1), persistent=False)
     config = mbq_config(iter(calib_data()), group_size=32, n_grid=2, vision=Int3WeightOnlyConfig(group_size=32))
     report = quantize_(model, config, progress=False, work_dir=str(copied))
     assert report is not None and report.num_resumed == NUM_LAYERS and report.vision
@@ -209,6 +223,18 @@ def test_files_of_other_blocks_and_runs(copied: Path, tmp_path: Path) -> None:
         assert_same(calibrated(copied), uninterrupted(), 1)
 
 
+def test_what_a_block_follows_from(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sensitivities are lost, and come out otherwise than the scales in the folder were searched with."""
+    (copied / "sensitivity.safetensors").unlink()
+    measure = mbq.modality_sensitivity
+    monkeypatch.setattr(
+        mbq, "modality_sensitivity", lambda *args, **kwargs: {k: 2 * r for k, r in measure(*args, **kwargs).items()}
+    )
+    with pytest.warns(UserWarning, match="it is of another run"):
+        result = calibrated(copied)
+    assert_same(result, calibrated(None), 0)
+
+
 def test_another_model(finished: Path) -> None:
     model = build()
     with torch.no_grad():
@@ -221,6 +247,9 @@ def test_another_model(finished: Path) -> None:
 work_dir 'FOLDER' is of another run; pass another folder, or delete this one. What differs:
   model.language_model.layers.1.mlp.up_proj.weight, lm_head.weight: other values""",
     )
+    model = build()
+    model.register_buffer("bias", torch.rand(1))
+    assert "  bias: only in this call" in refused(model, calib_data(), work_dir=finished)
     model = build_model("llava", num_hidden_layers=2, rms_norm_eps=1e-5)
     text = refused(model, calib_data(), work_dir=finished).replace(str(finished), "FOLDER")
     expect(
