@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -211,6 +212,7 @@ def quantize_(
     device: torch.types.Device = None,
     *,
     progress: bool = True,
+    work_dir: str | os.PathLike[str] | None = None,
 ) -> CalibrationReport | None:
     """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
 
@@ -223,30 +225,43 @@ def quantize_(
         layers go there one at a time, so a model larger than the device's memory can be calibrated.
         None: each layer stays where it is.
     progress: show progress bars.
+    work_dir: a folder, made if missing, in which each decoder layer's scales are kept as soon as they are found. If
+        this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit as an
+        uninterrupted one would have (same machine, same versions; others warn). Raises ValueError naming what
+        differs if the folder is of another model, other data or another config (`vision` may be another), and if
+        another process uses it; OSError if it cannot be written, with the layers before kept. The folder stays at the
+        end, and the same call on the unquantized model finishes quickly from it; delete it when you like.
 
     If it raises, or is interrupted, the model's parameters and buffers are what they were.
 
     Memory beyond the model: see mbq_ao/calibration/mbq.py.
     """
     if not isinstance(config, MBQConfig):
+        if work_dir is not None:
+            raise ValueError(
+                f"work_dir keeps what a calibration found, but {type(config).__name__} calibrates nothing; leave it out"
+            )
         torchao_quantize_(model, config, filter_fn, device)
         return None
 
     from mbq_ao.calibration.mbq import calibrate
+    from mbq_ao.calibration.work_dir import open_work_dir
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
     # Before the work, as it may raise; calibration does not touch the tower.
     tower = {} if config.vision is None else vision_linears(model, passes)
     tower_weights = {} if config.vision is None else rounded_weights(tower, config.vision)
-    plan, report = calibrate(
-        model,
-        config.calib_data,
-        config.settings(),
-        filter_fn=passes,
-        device=None if device is None else torch.device(device),
-        progress=progress,
-    )
+    with open_work_dir(work_dir) as store:
+        plan, report = calibrate(
+            model,
+            config.calib_data,
+            config.settings(),
+            filter_fn=passes,
+            device=None if device is None else torch.device(device),
+            progress=progress,
+            store=store,
+        )
     plan.parameters += [(tower[name], "weight", weight) for name, weight in tower_weights.items()]
     report.vision = list(tower_weights)
     report.not_quantized += [name for name in tower if name not in tower_weights]

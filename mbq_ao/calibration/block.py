@@ -37,6 +37,13 @@ class BlockCalibrator:
         """Find one scale a group. All groups are searched on original weights, in order."""
         return [self._search_group(group) for group in groups]
 
+    def use(self, groups: list[ScaleGroup], scales: list[Tensor]) -> None:
+        """Go on with these scales, one a group, (in_features,) each: those of `search`, or of an earlier one."""
+        self.scalings = [
+            Scaling(group, s.to(self.block.get_submodule(group.linears[0]).weight.device))
+            for group, s in zip(groups, scales, strict=True)
+        ]
+
     @torch.no_grad()
     def _search_group(self, group: ScaleGroup) -> GroupReport:
         inspect = group.inspect or ""

@@ -8,8 +8,9 @@
 Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", arXiv 2412.19509.
 
 `calibrate` never changes the model. It returns a Plan, whose `apply` sets all new parameters or none,
-so a failure or Ctrl-C at any point leaves the model as it was. The price is that the packed weights
-lie beside the original ones until the end: 3.25 bits a weight for w3a16 at group size 128, 4 for w4a8.
+so a failure or Ctrl-C at any point leaves the model as it was; with a work_dir the next call goes on from there
+(calibration/work_dir.py). The price is that the packed weights lie beside the original ones until the end: 3.25 bits
+a weight for w3a16 at group size 128, 4 for w4a8.
 
 Memory beyond the model (and `device`), at the peak at most:
 
@@ -27,7 +28,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,17 +37,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
-from mbq_ao.calibration.batch import collect_batches
+from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
 from mbq_ao.calibration.block import BlockCalibrator
 from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
-from mbq_ao.calibration.report import CalibrationReport
+from mbq_ao.calibration.report import CalibrationReport, GroupReport
 from mbq_ao.calibration.residency import computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
 from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
+from mbq_ao.calibration.work_dir import State, Store, describe_run
 
 
 @dataclass
@@ -85,10 +88,12 @@ def calibrate(
     filter_fn: Callable[[nn.Module, str], bool] | None = None,
     device: torch.device | None = None,
     progress: bool = True,
+    store: Store | None = None,
 ) -> tuple[Plan, CalibrationReport]:
     """Find the scales and quantize every selected linear of the decoder, without changing the model.
 
     device: where to compute; the decoder layers are copied there one at a time. None: where they are.
+    store: remembers finished steps, see `open_work_dir`; None: nothing does.
     """
     begin = time.perf_counter()
     if torch.is_inference_mode_enabled():
@@ -102,6 +107,8 @@ def calibrate(
     owners = owners_of_parameters(model)
     check_linears(selected, owners)
     batches = collect_batches(model, calib_data, device)
+    store = store or Store()
+    store.check(lambda: describe_run(model, batches, settings, selected, progress=progress))
 
     with evaluating(model), computing_on(device, model, blocks.values()):
         streams = capture_streams(model, blocks, batches)
@@ -111,10 +118,9 @@ def calibrate(
         raw_ratios: dict[ModuleName, float] = {}
         if balance:
             inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
-            with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
-                raw_ratios = modality_sensitivity(
-                    model, blocks, inspected, batches, answer_masks=masks.answer, on_batch=bar.update
-                )
+            measure = partial(_measure, model, blocks, inspected, batches, masks, progress)
+            state = store.once("sensitivity", measure, follows_from=inspected)
+            raw_ratios = {(block, name): r for block, name, r in state.record}
         ratios = floor_at_median(raw_ratios)
 
         plan, report = Plan(), CalibrationReport(settings={})
@@ -124,12 +130,14 @@ def calibrate(
             block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
             with resident_on(device, block):
                 worker = BlockCalibrator(name, block, index, streams, masks, settings, block_ratios, selected[name])
-                reports = worker.search(groups[name])
+                search = partial(_search, worker, groups[name], raw_ratios)
+                state = store.once(f"block_{index:04}", search, follows_from=(name, groups[name], block_ratios))
+                worker.use(groups[name], state.tensors)
                 plan.parameters += worker.plan()
                 if index + 1 < len(blocks):
                     worker.advance()
-            for group, group_report in zip(groups[name], reports, strict=True):
-                group_report.sensitivity_raw = raw_ratios.get((name, group.inspect or ""))
+            reports = [GroupReport(**record) for record in state.record]
+            report.num_resumed += state.resumed
             report.groups += reports
             all_scalings[name] = worker.scalings
             if reports:
@@ -140,6 +148,26 @@ def calibrate(
     _summarise(report, plan, blocks, groups, selected, settings)
     report.seconds = time.perf_counter() - begin
     return plan, report
+
+
+def _measure(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    inspected: list[ModuleName],
+    batches: list[CalibrationBatch],
+    masks: Masks,
+    progress: bool,
+) -> State:
+    with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
+        raw = modality_sensitivity(model, blocks, inspected, batches, answer_masks=masks.answer, on_batch=bar.update)
+    return State([[block, name, r] for (block, name), r in raw.items()])
+
+
+def _search(worker: BlockCalibrator, groups: list[ScaleGroup], raw_ratios: Mapping[ModuleName, float]) -> State:
+    reports = worker.search(groups)
+    for group, report in zip(groups, reports, strict=True):
+        report.sensitivity_raw = raw_ratios.get((worker.name, group.inspect or ""))
+    return State([asdict(report) for report in reports], [scaling.s for scaling in worker.scalings])
 
 
 def find_groups(

@@ -45,6 +45,7 @@ class CalibrationReport:
     vision: linears of the vision tower that were rounded without calibration.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     num_linears, nbytes_before, nbytes_after: the calibrated linears, and bytes of their weights.
+    seconds: of this call. num_resumed: decoder layers whose scales an earlier call had left in work_dir.
     """
 
     settings: dict[str, Any]
@@ -57,6 +58,7 @@ class CalibrationReport:
     nbytes_before: int = 0
     nbytes_after: int = 0
     seconds: float = 0.0
+    num_resumed: int = 0
 
     def records(self) -> list[dict[str, Any]]:
         return [asdict(group) for group in self.groups]
@@ -98,9 +100,10 @@ class CalibrationReport:
         megabyte = 1e6
         ratio = self.nbytes_before / self.nbytes_after if self.nbytes_after else float("nan")
         gains = [1 - g.loss / g.loss_rtn for g in self.groups if g.loss_rtn]
+        resumed = f", layers taken from work_dir: {self.num_resumed}" if self.num_resumed else ""
         lines = [
             f"{self.num_linears} linears: {self.nbytes_before / megabyte:.1f} MB -> "
-            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), calibrated in {self.seconds:.0f} s"
+            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), calibrated in {self.seconds:.0f} s{resumed}"
         ]
         if gains:
             gain = sum(gains) / len(gains)
@@ -113,9 +116,9 @@ class CalibrationReport:
                 f"vision tower: {len(self.vision)} linears rounded without calibration, {self.settings.get('vision')}"
             )
         if self.not_scaled:
-            lines.append(f"rounded without a scale: {_some(self.not_scaled)}")
+            lines.append(f"rounded without a scale: {some(self.not_scaled)}")
         if self.not_quantized:
-            lines.append(f"not quantized: {_some(self.not_quantized)}")
+            lines.append(f"not quantized: {some(self.not_quantized)}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -131,7 +134,7 @@ class CalibrationReport:
         return figure
 
 
-def _some(names: list[str], most: int = 8) -> str:
-    """A list for the summary; records and JSON have all of it."""
+def some(names: list[str], most: int = 8) -> str:
+    """A list for a summary: the first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

@@ -14,13 +14,13 @@ def refused(
     calib_data: Any,
     exception: type[BaseException] = ValueError,
     filter_fn: Any = None,
+    work_dir: Any = None,
     **options: Any,
 ) -> str:
     """The error's text, after checking that the model is what it was."""
     before = snapshot(model)
     with pytest.raises(exception) as caught:
-        quantize_(
-            model, mbq_config(calib_data, **{"group_size": 32, "n_grid": 2, **options}), filter_fn, progress=False
-        )
+        config = mbq_config(calib_data, **{"group_size": 32, "n_grid": 2, **options})
+        quantize_(model, config, filter_fn, progress=False, work_dir=work_dir)
     assert_unchanged(model, before)
     return str(caught.value)
