@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m mbq_ao demo
 
 test: $(VENV)/.ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes of more threads get in each other's way
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # two processes of more threads get in each other's way
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
