@@ -37,7 +37,7 @@ class Int3WeightOnlyConfig(AOBaseConfig):
 class Int8DynamicActivationInt4WeightMBQConfig(AOBaseConfig):
     """4-bit weights, symmetric, rounded to nearest; activations are quantized to 8 bits, one scale a token (W4A8).
 
-    group_size: 32, 64 or 128 input channels share a scale; None (or -1): one a row, as in the paper, and faster.
+    group_size: 32, 64 or 128 input channels share a scale; None (or -1): one a row, as in the paper, and less work.
     """
 
     group_size: int | None = None

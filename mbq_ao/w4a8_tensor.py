@@ -70,7 +70,7 @@ class MBQW4A8Tensor(PackedWeight):
         """Quantize a (N, K) weight by rounding it to the nearest point of its groups' grids.
 
         w: bfloat16, float16 or float32; the scales get its dtype.  group_size: 32, 64 or 128 columns share a
-        scale; None: one scale a row, which is the faster. N and K are free.  act_pre_scale: (K,), see the class.
+        scale; None: one scale a row, which is less work. N and K are free.  act_pre_scale: (K,), see the class.
         Raises ValueError for anything else, and if w or act_pre_scale holds a NaN or an infinity.
         """
         g = checked_group_size(w, group_size)

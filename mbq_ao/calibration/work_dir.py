@@ -191,7 +191,10 @@ def open_work_dir(path: str | os.PathLike[str] | None) -> Iterator[Store]:
 
 
 def _lock(file: int, folder: Path) -> None:
-    import fcntl  # not on Windows; a run without work_dir does not come here
+    try:
+        import fcntl
+    except ImportError as error:
+        raise NotImplementedError("work_dir needs POSIX file locks, which this platform lacks; leave it out") from error
 
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -111,7 +111,7 @@ def _rounded(v, scale, INTERPRETED: tl.constexpr):
         q = tl.div_rn(v, scale)
     else:
         # With a correctly rounded reciprocal, one correction by the remainder rounds the quotient correctly (Markstein,
-        # "Computation of elementary functions on the IBM RISC System/6000", 1990). A third of `div_rn`'s instructions.
+        # "Computation of elementary functions on the IBM RISC System/6000", 1990), in three instructions an element.
         inverse = tl.div_rn(1.0, scale)
         q = v * inverse
         q = tl.fma(tl.fma(-q, scale, v), inverse, q)
