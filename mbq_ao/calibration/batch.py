@@ -158,9 +158,10 @@ def _checked_mask(batch: Mapping[str, Any], key: str, shape: tuple[int, ...], in
 
 
 def _find_vision_tokens(model: nn.Module, ids: Tensor | None, valid: Tensor) -> Tensor:
-    """Positions of the placeholder tokens that the model's own config names."""
+    """Positions of the placeholder tokens that the model's own config names, or its vision part (Phi-4-multimodal)."""
     config = getattr(model, "config", None)
-    token_ids = {getattr(config, field, None) for field in _VISION_TOKEN_FIELDS}
+    configs = (config, getattr(config, "vision_config", None))
+    token_ids = {getattr(c, field, None) for c in configs for field in _VISION_TOKEN_FIELDS}
     vision = torch.zeros_like(valid)
     if ids is not None:
         for token_id in token_ids - {None}:

@@ -14,6 +14,7 @@ input of every block instead was rejected: it costs a copy of the activations pe
 from __future__ import annotations
 
 import inspect
+from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,20 +32,12 @@ from mbq_ao.calibration.batch import CalibrationBatch
 def find_blocks(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> dict[str, nn.Module]:
     """The language model's decoder layers in order, by their fully qualified names.
 
-    Without `blocks`: the largest nn.ModuleList under transformers' `model.get_decoder()`, or under the
-    model itself where that method is missing. Raises ValueError if there is none, or if one of
-    `blocks` is not part of the model.
+    Without `blocks`: the largest nn.ModuleList under transformers' `model.get_decoder()`; where that method is missing,
+    or leads to nothing below the model, the model's only one. Raises ValueError if there is none, if the largest might
+    as well be a vision tower's, or if one of `blocks` is not part of the model.
     """
     if blocks is None:
-        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        roots = [decoder, model] if isinstance(decoder, nn.Module) else [model]
-        found = [lists for root in roots if (lists := _module_lists(root))]
-        if not found:
-            raise ValueError(
-                f"{type(model).__name__} has no decoder layers: found no nn.ModuleList with parameters; "
-                "pass blocks=[...] with the layers to quantize"
-            )
-        blocks = list(max(found[0], key=_num_parameters))
+        blocks = _decoder_layers(model)
     names = {module: name for name, module in model.named_modules()}
     for block in blocks:
         if block not in names:
@@ -52,8 +45,28 @@ def find_blocks(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> 
     return {names[block]: block for block in blocks}
 
 
-def _module_lists(root: nn.Module) -> list[nn.ModuleList]:
-    return [m for m in root.modules() if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
+def _decoder_layers(model: nn.Module) -> list[nn.Module]:
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    if isinstance(decoder, nn.Module) and decoder is not model and (lists := _module_lists(decoder)):
+        return list(max(lists.values(), key=_num_parameters))
+    lists = _module_lists(model)
+    outermost = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
+    if len(outermost) == 1:
+        return list(lists[outermost[0]])
+    if not outermost:
+        raise ValueError(
+            f"{type(model).__name__} has no decoder layers: found no nn.ModuleList with parameters; "
+            "pass blocks=[...] with the layers to quantize"
+        )
+    raise ValueError(
+        f"{type(model).__name__} has no get_decoder() that leads to its language model, and several lists that may be "
+        f"the decoder layers: {', '.join(outermost)}; pass the right one, such as blocks=list(model.{outermost[0]})"
+    )
+
+
+def _module_lists(root: nn.Module) -> dict[str, nn.ModuleList]:
+    modules = root.named_modules()
+    return {name: m for name, m in modules if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())}
 
 
 def _num_parameters(module: nn.Module) -> int:
@@ -75,8 +88,13 @@ class ModuleCall:
 
     @classmethod
     def record(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModuleCall:
-        # A key-value cache would grow, and be read, at every replay.
-        plain_args, plain_kwargs = tree_map_only(Cache, lambda cache: None, (tuple(args), dict(kwargs)))
+        # A key-value cache would grow, and be read, at every replay. Keys and values that layers share (Gemma 3n and 4)
+        # lie in one mapping that all of them hold: a replay would write its own for the others to read.
+        plain_args, plain_kwargs = tree_map_only(
+            (Cache, UserDict),
+            lambda leaf: None if isinstance(leaf, Cache) else dict(leaf),
+            (tuple(args), dict(kwargs)),
+        )
         return cls(plain_args, plain_kwargs, 0 if args else "hidden_states")
 
     @property
@@ -150,6 +168,15 @@ def forward(model: nn.Module, batch: CalibrationBatch, **extra: Any) -> Tensor:
     return first_tensor(output) if logits is None else logits
 
 
+def last_positions(batch: CalibrationBatch, count: int) -> Tensor:
+    """Where to compute logits, for `logits_to_keep`: (count,) int64, the last ones.
+
+    A number would do for the logits, but makes Gemma 4 drop the other tokens before its last layers.
+    """
+    length = batch.valid.shape[1]
+    return torch.arange(max(length - count, 0), length, device=batch.valid.device)
+
+
 @torch.no_grad()
 def capture_streams(
     model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[CalibrationBatch]
@@ -157,7 +184,8 @@ def capture_streams(
     """Run the model once on each batch and record how its blocks are called.
 
     Raises ValueError naming the block at whose input a NaN or inf appears, and RuntimeError if the
-    forward does not call every block once and in order.
+    forward does not call every block once and in order, or on other tokens than those of the batch.
+    What the model itself raises gets a note that names the batch.
     """
     streams = []
     for number, batch in enumerate(batches):
@@ -169,11 +197,24 @@ def capture_streams(
             for index, (name, block) in enumerate(blocks.items())
         )
         with hooked(hooks):
-            forward(model, batch, logits_to_keep=1)
+            try:
+                forward(model, batch, logits_to_keep=last_positions(batch, 1))
+            except Exception as error:
+                shapes = {k: tuple(v.shape) for k, v in batch.inputs.items() if isinstance(v, Tensor)}
+                error.add_note(f"raised while {type(model).__name__} ran calibration batch {number}: {shapes}")
+                raise
         if len(stream.calls) != len(blocks):
             raise RuntimeError(
                 f"{type(model).__name__} made {len(stream.calls)} calls of its {len(blocks)} blocks on calibration "
                 f"batch {number}; every block must run once: pass the right ones as blocks=[...]"
+            )
+        num_hidden = stream.hidden.shape[:-1].numel()
+        if stream.hidden.shape[-3:-1] != batch.valid.shape and num_hidden != batch.num_tokens:
+            raise RuntimeError(
+                f"{type(model).__name__} runs its decoder layers on hidden states of shape "
+                f"{tuple(stream.hidden.shape)} where calibration batch {number} has tokens of shape "
+                f"{tuple(batch.valid.shape)}: models that put tokens of their own beside those of input_ids are not "
+                "supported; pass blocks=[...] if these are not the language model's layers"
             )
         stream.last_output = None
         streams.append(stream)
@@ -202,6 +243,12 @@ def _record_call(
         )
     if stream.last_output is None:
         stream.hidden = call.hidden
+    elif call.hidden.shape != stream.last_output.shape:
+        raise RuntimeError(
+            f"{where} is given a hidden state of shape {tuple(call.hidden.shape)}, but the block before it gave "
+            f"{tuple(stream.last_output.shape)}: every block must run on all tokens; pass the right ones as "
+            "blocks=[...]"
+        )
     elif call.hidden is not stream.last_output and not torch.equal(call.hidden, stream.last_output):
         stream.deltas[len(stream.calls)] = call.hidden - stream.last_output
     stream.calls.append(call.with_hidden(None))

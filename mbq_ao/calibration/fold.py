@@ -6,7 +6,7 @@ The consumers' columns are multiplied by s; the division is moved into whatever 
 
     fold               the producer                       becomes
     "weight"           norm(h) * weight (+ bias)          weight / s, bias / s
-    "one_plus_weight"  norm(h) * (1 + weight)             (1 + weight) / s - 1       (Gemma)
+    "one_plus_weight"  norm(h) * (1 + weight) (+ bias)    (1 + weight) / s - 1, bias / s       (Gemma, Nemotron)
     "rows"             linear: rows that feed x           row / s, its bias / s
     None               nothing can take it                x / s stays an activation scale, on the quantized
                                                           tensor (`act_pre_scale` = 1 / s)
@@ -123,10 +123,9 @@ def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str
             )
             if has_bias:
                 apply(f"{group.producer}.bias", lambda b, r=r, g=group: _divide_rows(b, r, g.row_map.offset))
-        elif group.fold == "one_plus_weight":
-            apply(f"{group.producer}.weight", lambda w, s=s: (1 + w) / s - 1)
-        elif group.fold == "weight":
-            apply(f"{group.producer}.weight", lambda w, s=s: w / s)
+        elif group.fold in ("weight", "one_plus_weight"):
+            added = 1 if group.fold == "one_plus_weight" else 0
+            apply(f"{group.producer}.weight", lambda w, s=s, added=added: (added + w) / s - added)
             if has_bias:
                 apply(f"{group.producer}.bias", lambda b, s=s: b / s)
         else:

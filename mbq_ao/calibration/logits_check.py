@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mbq_ao.calibration.batch import CalibrationBatch
-from mbq_ao.calibration.capture import forward
+from mbq_ao.calibration.capture import forward, last_positions
 from mbq_ao.calibration.fold import Scaling, folded_parameters
 
 _NUM_POSITIONS = 64  # compared at the end of the batch; logits of every position of a long one would be gigabytes
@@ -50,7 +50,9 @@ def check_logits(
 
 
 def _last_logits(model: nn.Module, batch: CalibrationBatch) -> Tensor:
-    return forward(model, batch, logits_to_keep=_NUM_POSITIONS)[..., -_NUM_POSITIONS:, :].float()
+    logits = forward(model, batch, logits_to_keep=last_positions(batch, _NUM_POSITIONS))[..., -_NUM_POSITIONS:, :]
+    # Tokens that a model forbids (Chameleon's images) are no result, and their norm would drown every change.
+    return logits.masked_fill(logits <= torch.finfo(logits.dtype).min, 0).float()
 
 
 @contextmanager

@@ -112,7 +112,8 @@ def calibrate(
 
     with evaluating(model), computing_on(device, model, blocks.values()):
         streams = capture_streams(model, blocks, batches)
-        groups = find_groups(owners, blocks, streams, settings, selected, device)
+        groups, not_called = find_groups(owners, blocks, streams, settings, selected, device)
+        selected = {b: {n: m for n, m in ms.items() if n not in not_called[b]} for b, ms in selected.items()}
         masks = Masks.of(batches, settings.recipe)
         balance = settings.balance and any(b.vision.any() for b in batches)
         raw_ratios: dict[ModuleName, float] = {}
@@ -177,16 +178,17 @@ def find_groups(
     settings: CalibrationSettings,
     selected: Mapping[str, dict[str, nn.Linear]],
     device: torch.device | None,
-) -> dict[str, list[ScaleGroup]]:
-    """The scale groups of every block; blocks of the same structure are probed once.
+) -> tuple[dict[str, list[ScaleGroup]], dict[str, list[str]]]:
+    """The scale groups of every block, and its linears that cannot be quantized as they are not called.
 
+    Blocks of the same structure are probed once.
     owners: of each parameter of the model. One that other modules own as well is never folded. Raises ValueError
     if a group of `settings.scale_groups` asks for it.
     """
     _check_disjoint(settings.scale_groups or ())
     stream = min(streams, key=lambda s: s.hidden.numel() if s.hidden.shape[-2] > 1 else float("inf"))
-    known: dict[tuple[Any, ...], list[ScaleGroup]] = {}
-    result = {}
+    known: dict[tuple[Any, ...], tuple[list[ScaleGroup], list[str]]] = {}
+    result, not_called = {}, {}
     for index, (name, block) in enumerate(blocks.items()):
         signature = (
             type(block),
@@ -197,14 +199,16 @@ def find_groups(
             with resident_on(device, block):
                 prober = BlockProber(block, call)
             given = settings.scale_groups
-            known[signature] = prober.find_all() if given is None else [prober.complete(group) for group in given]
-        found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in known[signature]]
+            found = prober.find_all() if given is None else [prober.complete(group) for group in given]
+            known[signature] = found, prober.read_past_forward()
+        groups, not_called[name] = known[signature]
+        found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in groups]
         result[name] = [
             group
             for group in found
             if _is_scaled(group, block, settings.recipe) and any(n in selected[name] for n in group.linears)
         ]
-    return result
+    return result, not_called
 
 
 def _check_disjoint(groups: Sequence[ScaleGroup]) -> None:
@@ -276,9 +280,16 @@ def _selected_linears(
             f"nothing to quantize: none of the {len(names)} nn.Linear in the {len(blocks)} decoder layers passes "
             f"filter_fn; it is given names like {names[0]!r}"
             if names
-            else f"nothing to quantize: the {len(blocks)} decoder layers have no nn.Linear; pass blocks=[...]"
+            else f"nothing to quantize: the {len(blocks)} decoder layers have no nn.Linear, but "
+            f"{_holders_of_matrices(blocks)}; replace those by nn.Linear, or pass blocks=[...] with other layers"
         )
     return selected
+
+
+def _holders_of_matrices(blocks: Mapping[str, nn.Module]) -> str:
+    modules = [m for block in blocks.values() for m in block.modules()]
+    holders = {type(m).__name__ for m in modules if any(p.ndim > 1 for p in m.parameters(recurse=False))}
+    return ", ".join(sorted(holders)) or "no matrix at all"
 
 
 def _summarise(

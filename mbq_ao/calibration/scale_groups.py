@@ -35,11 +35,16 @@ _TOLERANCE = 1e-3  # of the unfolded change; right folds are at 1e-6, wrong ones
 
 @dataclass
 class Trace:
-    """One forward of a block: leaf modules in the order of their calls, and the storages they read and wrote."""
+    """One forward of a block: leaf modules in the order of their calls, and the storages they read.
+
+    called: names of all modules whose own forward ran; what merely holds others (ModuleDict), or is entered by
+        another method than its forward (Gemma 3n's AltUp), is not among them.
+    """
 
     block: nn.Module
     order: list[str]
     reads: dict[str, int]
+    called: set[str]
 
     def linear_groups(self) -> list[tuple[str, ...]]:
         groups: dict[int, list[str]] = {}
@@ -50,7 +55,7 @@ class Trace:
 
     def before(self, name: str) -> list[str]:
         """The modules called before `name`, nearest first."""
-        return self.order[: self.order.index(name)][::-1]
+        return list(dict.fromkeys(self.order[: self.order.index(name)][::-1]))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -67,6 +72,7 @@ class BlockProber:
         self.block = copy.deepcopy(block).float().requires_grad_(False).eval()
         self.call = call.map_tensors(lambda t: t.float() if t.is_floating_point() else t)
         self.trace, self.output = self._trace()
+        self._clean_inputs: dict[str, Tensor] = {}
         if not self.trace.linear_groups() and any(map(is_linear, self.block.modules())):
             raise ValueError(
                 f"a copy of this {type(block).__name__} runs none of its linears, so no scale group can be found: was "
@@ -77,6 +83,7 @@ class BlockProber:
     def _trace(self) -> tuple[Trace, Tensor]:
         order: list[str] = []
         reads: dict[str, int] = {}
+        called: set[str] = set()
         alive = []  # a freed storage's address may be given to another tensor
 
         def record(name: str, args: tuple[Tensor, ...]) -> None:
@@ -87,12 +94,13 @@ class BlockProber:
 
         def hooks() -> Iterator[object]:
             for name, module in self.block.named_modules():
+                yield module.register_forward_pre_hook(lambda m, a, name=name: called.add(name))
                 if isinstance(getattr(module, "weight", None), nn.Parameter) and not list(module.children()):
                     yield module.register_forward_pre_hook(lambda m, a, name=name: record(name, a))
 
         with hooked(hooks()):
             output = self.call.run(self.block)
-        return Trace(self.block, order, reads), output
+        return Trace(self.block, order, reads, called), output
 
     def find_all(self) -> list[ScaleGroup]:
         """All groups of the block's nn.Linear modules, in the order in which they run.
@@ -159,7 +167,10 @@ class BlockProber:
             raise ValueError(f"{group} does not fit: {group.producer} has {num_rows} rows, x {num_channels} channels")
 
     def _inspected(self, group: ScaleGroup) -> str:
-        """A single linear is compared itself if its input comes from a linear; else the module around the group."""
+        """A single linear is compared itself if its input comes from a linear; else the module around the group.
+
+        Always a module whose forward runs: only there is a call to be recorded and replayed.
+        """
         parents = [name.rpartition(".")[0].split(".") for name in group.linears]
         common = []
         for parts in zip(*parents, strict=False):
@@ -168,11 +179,27 @@ class BlockProber:
             common.append(parts[0])
         parent = ".".join(p for p in common if p)
         if len(group.linears) > 1:
+            while parent not in self.trace.called:
+                parent = parent.rpartition(".")[0]
             return parent
         only = group.linears[0]
         # The first linear of a module (a fused qkv_proj) stands for the module; a later one (o_proj) for itself.
         siblings = [n for n in self.trace.order if parent and n.startswith(parent + ".") and is_linear(self._module(n))]
-        return parent if parent and len(siblings) > 1 and siblings[0] == only else only
+        stands_for_it = len(siblings) > 1 and siblings[0] == only
+        return parent if stands_for_it and parent in self.trace.called else only
+
+    @torch.no_grad()
+    def read_past_forward(self) -> list[str]:
+        """The linears whose weight the block reads without calling them: a quantized weight might not do what it does.
+
+        (Mamba's dt_proj.) Linears that neither run nor are read, such as experts without a token, are not among them.
+        """
+        silent = [n for n, m in self.block.named_modules() if is_linear(m) and n not in self.trace.called]
+        return [name for name in silent if self._depends_on(name)] if silent and self._depends_on(*silent) else []
+
+    def _depends_on(self, *linears: str) -> bool:
+        without = {f"{name}.weight": torch.full_like(self._module(name).weight, torch.nan) for name in linears}
+        return not torch.equal(self.call.run(self.block, without), self.output)
 
     def _module(self, name: str) -> nn.Module:
         return self.block.get_submodule(name)
@@ -184,6 +211,12 @@ class BlockProber:
             self.call.run(self.block, parameters)
         return seen[0].flatten(0, -2)
 
+    def _clean_input_of(self, linear: str) -> Tensor:
+        """The same of the unchanged block; all candidates for a linear are compared with it."""
+        if linear not in self._clean_inputs:
+            self._clean_inputs = {linear: self._input_of(linear, {})}
+        return self._clean_inputs[linear]
+
     @torch.no_grad()
     def _foldings(self, group: ScaleGroup, producer: str) -> Iterator[ScaleGroup]:
         """The ways in which `producer` may feed the group, found by probing."""
@@ -194,19 +227,12 @@ class BlockProber:
             if (row_map := self._find_row_map(producer, linear, num_channels)) is not None:
                 yield replace(group, producer=producer, fold="rows", row_map=row_map)
         elif weight.ndim == 1 and weight.numel() == num_channels:
-            before = self._input_of(linear, {})
+            before = self._clean_input_of(linear)
             factors = torch.linspace(0.5, 1.5, num_channels, device=weight.device)
-            if getattr(module, "bias", None) is None:
-                trials = [
-                    ("weight", weight * factors, None),
-                    ("one_plus_weight", (1 + weight) * factors - 1, None),
-                ]
-            else:
-                trials = [("weight", weight * factors, module.bias * factors)]
-            for fold, probe, bias in trials:
+            for fold, probe in (("weight", weight * factors), ("one_plus_weight", (1 + weight) * factors - 1)):
                 changed = {f"{producer}.weight": probe}
-                if bias is not None:
-                    changed[f"{producer}.bias"] = bias
+                if getattr(module, "bias", None) is not None:
+                    changed[f"{producer}.bias"] = module.bias * factors
                 after = self._input_of(linear, changed)
                 if (after - before * factors).norm() <= _TOLERANCE * (after - before).norm():
                     yield replace(group, producer=producer, fold=fold)  # type: ignore[arg-type]
@@ -230,7 +256,7 @@ class BlockProber:
         module = self._module(producer)
         num_digits = next(n for n in range(1, 9) if _LEVELS**n >= module.out_features)
         row = torch.arange(module.out_features, device=module.weight.device) - start
-        before = self._input_of(linear, {})
+        before = self._clean_input_of(linear)
         power = before.square().sum(0)
         alive = power > 0
         found = torch.zeros_like(power, dtype=torch.long)
@@ -267,7 +293,7 @@ class BlockProber:
     def _mixes_tokens(self, group: ScaleGroup) -> bool:
         """Whether a change of the producer's output at the first token reaches the linears at other tokens."""
         assert group.producer is not None
-        before = self._input_of(group.linears[0], {})
+        before = self._clean_input_of(group.linears[0])
 
         def perturb(module: nn.Module, args: object, output: Tensor) -> Tensor:
             output = first_tensor(output).clone()

@@ -138,7 +138,8 @@ def scale_at(statistic: Tensor, alpha: float) -> Tensor:
 def _weighted_error(example: Example, output: Tensor, loss: Loss) -> Tensor:
     error = (example.target - output).float()
     error = error.abs() if loss == "mae" else error.square()
-    return (error.sum(-1).flatten() * example.weight.flatten()).sum()
+    # Of Gemma 3n's layers the output has several hidden states a token: (A, B, T, C).
+    return (error.sum(-1).reshape(-1, *example.weight.shape) * example.weight).sum()
 
 
 def _as_chunks(module: nn.Module, examples: list[Example]) -> list[Example]:

@@ -56,7 +56,7 @@ def modality_sensitivity(
                 f"NaN or inf in the gradient at {'.'.join(filter(None, key))}: check the model and the labels"
             )
         for kind, mask in masks.items():
-            per_token = grad.detach().abs().float().mean(-1).reshape(mask.shape)
+            per_token = grad.detach().abs().float().mean(-1).reshape(-1, *mask.shape).mean(0)
             for row, selected in zip(per_token, mask, strict=True):
                 if selected.any():
                     sums[key][kind].append(row[selected].mean().item())

@@ -12,15 +12,27 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for weights on the meta device, or a model without parameters."""
+    """Raise ValueError for weights on the meta device, a model without parameters, or an encoder-decoder."""
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
+    if _is_encoder_decoder(model):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: it answers in a sequence of its own, while MBQ weighs "
+            "vision and answer tokens of one sequence. Round it without data: torchao.quantization.quantize_ with "
+            "Int3WeightOnlyConfig() or Int8DynamicActivationInt4WeightMBQConfig()"
+        )
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(
                 f"{name} is on the meta device and has no values: load the model's weights before quantize_ "
                 "(from_pretrained without an offloading device_map)"
             )
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    config = getattr(model, "config", None)
+    configs = (config, getattr(config, "text_config", None))  # BLIP-2's own may not say it of its T5
+    return any(getattr(c, "is_encoder_decoder", False) for c in configs)
 
 
 def check_linears(selected: Mapping[str, dict[str, nn.Linear]], owners: Mapping[nn.Parameter, list[str]]) -> None:
