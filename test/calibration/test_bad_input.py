@@ -8,9 +8,11 @@ import pytest
 import torch
 import torchao.quantization as torchao_quantization
 from expecttest import assert_expected_inline as expect
+from families import REFUSED
+from model_matrix import refusal
 from models import assert_unchanged, build_batch, build_model, snapshot
 from refusals import refused
-from torch import nn
+from torch import Tensor, nn
 
 from mbq_ao import Int3WeightOnlyConfig, ScaleGroup, mbq_config, quantize_
 
@@ -116,6 +118,77 @@ def test_a_model_without_decoder_layers() -> None:
         """\
 Sequential has no decoder layers: found no nn.ModuleList with parameters; pass blocks=[...] with the layers to \
 quantize""",
+    )
+
+
+class Custom(nn.Module):
+    """As remote code may be: no get_decoder, the language model nested, a vision tower with more parameters."""
+
+    def __init__(self, vision_width: int = 96) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.llm = nn.Module()
+        self.llm.embed, self.llm.h = nn.Embedding(128, 32), nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.head = nn.Linear(32, 128)
+        if vision_width:
+            self.visual = nn.Module()
+            self.visual.blocks = nn.ModuleList([nn.Linear(vision_width, vision_width)])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.llm.embed(input_ids)
+        for layer in self.llm.h:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def test_a_model_of_which_it_is_unclear_where_the_decoder_is() -> None:
+    model, batch = Custom(), build_batch("llama")
+    expect(
+        refused(model, [batch]),
+        """\
+Custom has no get_decoder() that leads to its language model, and several lists that may be the decoder layers: llm.h, \
+visual.blocks; pass the right one, such as blocks=list(model.llm.h)""",
+    )
+    with pytest.warns(UserWarning, match="no vision token"):
+        report = quantize_(
+            model, mbq_config([batch], group_size=32, n_grid=2, blocks=list(model.llm.h)), progress=False
+        )
+        alone = quantize_(Custom(vision_width=0), mbq_config([batch], group_size=32, n_grid=2), progress=False)
+    assert report is not None and alone is not None
+    assert {g.block for g in report.groups} == {g.block for g in alone.groups} == {"llm.h.0", "llm.h.1"}
+
+
+def test_a_block_that_drops_tokens() -> None:
+    class Drops(Custom):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            first, second = self.llm.h
+            return self.head(second(first(self.llm.embed(input_ids))[:, 1:]))
+
+    with pytest.warns(UserWarning, match="no vision token"):
+        text = refused(Drops(vision_width=0), [build_batch("llama")], RuntimeError)
+    assert "llm.h.1 on calibration batch 0 is given a hidden state of shape (1, 8, 32), but the block before" in text
+
+
+@pytest.mark.filterwarnings("ignore:no vision token found")
+@pytest.mark.parametrize("family", REFUSED)
+def test_kinds_of_models_that_are_refused(family: str) -> None:
+    """What they are told is in docs/models.md."""
+    exception = RuntimeError if family == "git" else ValueError
+    assert refused(build_model(REFUSED[family]), [build_batch(REFUSED[family])], exception) in refusal(family)
+
+
+def test_images_that_do_not_match_their_tokens(model: nn.Module) -> None:
+    good, bad = build_batch("llava"), build_batch("llava")
+    bad["input_ids"][0, 3] = 5  # one place of the image less
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match") as caught:
+        quantize_(model, mbq_config([good, bad], group_size=32, n_grid=2), progress=False)
+    assert_unchanged(model, before)
+    expect(
+        caught.value.__notes__[-1],
+        """\
+raised while LlavaForConditionalGeneration ran calibration batch 1: {'input_ids': (1, 15), 'attention_mask': (1, 15), \
+'pixel_values': (1, 3, 28, 28)}""",
     )
 
 
