@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, hooked
+from mbq_ao.calibration.experts import ExpertLinear, ExpertParameter
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
-from mbq_ao.calibration.report import GroupReport
-from mbq_ao.calibration.scale_search import Example, grid_scales, search_scale, smooth_scales, token_weights
+from mbq_ao.calibration.report import ExpertsReport, GroupReport
+from mbq_ao.calibration.routing import ExpertRows, common, expert_rows
+from mbq_ao.calibration.scale_search import (
+    Example,
+    SearchResult,
+    grid_scales,
+    search_scale,
+    smooth_scales,
+    token_weights,
+)
 from mbq_ao.calibration.settings import CalibrationSettings, Masks
+
+FEWEST_TOKENS = 1  # an expert that fewer tokens weigh in for is rounded plainly
 
 
 class BlockCalibrator:
@@ -28,14 +41,25 @@ class BlockCalibrator:
         settings: CalibrationSettings,
         ratios: Mapping[str, float | None],
         linears: dict[str, nn.Linear],
+        experts: list[ExpertParameter],
     ) -> None:
         self.name, self.block, self.index, self.streams = name, block, index, streams
         self.masks, self.settings, self.ratios, self.linears = masks, settings, ratios, linears
+        self.experts = {e.name: e for e in experts}
+        self.num_tokens: dict[str, list[int]] = {}  # of a module with experts, that weigh in each expert's own search
         self.scalings: list[Scaling] = []
 
     def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
         """Find one scale a group. All groups are searched on original weights, in order."""
-        return [self._search_group(group) for group in groups]
+        reports = []
+        for parameter, some in groupby(groups, key=self._expert_parameter):
+            reports += [self._search_group(g) for g in some] if parameter is None else self._search_experts(list(some))
+        return reports
+
+    def _expert_parameter(self, group: ScaleGroup) -> str | None:
+        """The parameter in which the group's only linear is an expert."""
+        parameter = group.linears[0].rpartition(".")[0]
+        return parameter if len(group.linears) == 1 and parameter in self.experts else None
 
     def use(self, groups: list[ScaleGroup], scales: list[Tensor]) -> None:
         """Go on with these scales, one a group, (in_features,) each: those of `search`, or of an earlier one."""
@@ -46,19 +70,16 @@ class BlockCalibrator:
 
     @torch.no_grad()
     def _search_group(self, group: ScaleGroup) -> GroupReport:
-        inspect = group.inspect or ""
-        module = self.block.get_submodule(inspect)
-        ratio = self.ratios[inspect]
         clean = self._capture(group, {}, distorted=False)
         calls = clean
         if self.settings.propagate_error:
             # The first group sees the unquantized block on the distorted stream, the others the block quantized so far.
-            calls = self._capture(group, self.served_parameters() if self.scalings else {}, distorted=True)
+            calls = self._capture(group, self._served_so_far(), distorted=True)
         weights = token_weights(
             self.masks.counted,
             self.masks.answer,
             self.masks.vision,
-            ratio=ratio,
+            ratio=self.ratios[group.measured_at],
             loss=self.settings.loss,
             num_channels=clean[0].output.shape[-1],
         )
@@ -66,6 +87,91 @@ class BlockCalibrator:
             Example(seen.call, target.output, weight)
             for seen, target, weight in zip(calls, clean, weights, strict=True)
         ]
+        return self._search_on(group, examples, [seen.x for seen in calls], self.masks.counted)
+
+    @torch.no_grad()
+    def _search_experts(self, groups: list[ScaleGroup]) -> list[GroupReport]:
+        """Groups of one expert each, of one parameter: their inputs are recorded together."""
+        parameter = self.experts[groups[0].linears[0].rpartition(".")[0]]
+        rows = self._expert_rows(parameter)
+        self._count_tokens(parameter, rows)
+        reports = []
+        for group in groups:
+            e = int(group.linears[0].rpartition(".")[2])
+            linear, ratio = parameter.linears[e], self.ratios[group.measured_at]
+            counted, weights = self._expert_weights(parameter, rows, e, ratio)
+            if (num_tokens := _num_weighed(weights)) >= FEWEST_TOKENS:
+                examples = [
+                    Example(ModuleCall((seen.x[e],), {}), linear(clean.x[e]), weight)
+                    for (clean, seen), weight in zip(rows, weights, strict=True)
+                ]
+                report = self._search_on(group, examples, [seen.x[e] for _, seen in rows], counted)
+            else:
+                plain = torch.ones(linear.in_features, device=linear.weight.device)
+                report = self._report(group, SearchResult(plain, 0.0, [0.0], 0))
+            reports.append(replace(report, num_tokens=num_tokens))
+        return reports
+
+    def _expert_rows(self, parameter: ExpertParameter) -> list[tuple[ExpertRows, ExpertRows]]:
+        """A batch: (what the target is computed from, what the candidates get), row by row the same tokens.
+
+        An empty list if it cannot be told which tokens the experts get.
+        """
+        result = []
+        served = self._served_so_far() if self.settings.propagate_error else {}
+        for stream in self.streams:
+            options: Any = {"with_shares": self.settings.route_weighted}
+            everything = (list(self.experts.values()), parameter)
+            clean = expert_rows(self.block, self._call(stream, distorted=False), {}, *everything, **options)
+            seen = clean
+            if self.settings.propagate_error:
+                # Errors before the router send some tokens elsewhere; those have no target.
+                seen = expert_rows(self.block, self._call(stream, distorted=True), served, *everything, **options)
+            if clean is None or seen is None:
+                return []
+            result.append((clean, seen) if seen is clean else common(clean, seen))
+        return result
+
+    def _expert_weights(
+        self, parameter: ExpertParameter, rows: list[tuple[ExpertRows, ExpertRows]], e: int, ratio: float | None
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """One tensor a batch: which rows of expert e are counted, and their weights in the loss, (n,) fp32."""
+
+        def of_rows(masks: list[Tensor]) -> list[Tensor]:
+            return [mask.flatten()[clean.tokens[e]] for mask, (clean, _) in zip(masks, rows, strict=bool(rows))]
+
+        counted = of_rows(self.masks.counted)
+        weights = token_weights(
+            counted,
+            of_rows(self.masks.answer),
+            of_rows(self.masks.vision),
+            ratio=ratio,
+            loss=self.settings.loss,
+            num_channels=parameter.linears[e].out_features,
+        )
+        if self.settings.route_weighted:
+            power = 1 if self.settings.loss == "mae" else 2
+            weights = [w * clean.share[e].abs() ** power for w, (clean, _) in zip(weights, rows, strict=True)]
+        return counted, weights
+
+    def _count_tokens(self, parameter: ExpertParameter, rows: list[tuple[ExpertRows, ExpertRows]]) -> None:
+        ratio = next((r for r in self.ratios.values() if r is not None), None)
+        weights = [self._expert_weights(parameter, rows, e, ratio)[1] for e in range(len(parameter.linears))]
+        self.num_tokens[parameter.owner_name] = [_num_weighed(w) for w in weights] if rows else []
+
+    def experts_reports(self) -> list[ExpertsReport]:
+        """One for each module of experts of which something is quantized."""
+        selected = {name.rpartition(".")[0] for name in self.linears}
+        for parameter in self.experts.values():
+            if parameter.name in selected and parameter.owner_name not in self.num_tokens:
+                self._count_tokens(parameter, self._expert_rows(parameter))
+        return [ExpertsReport(self.name, name, tokens) for name, tokens in self.num_tokens.items()]
+
+    def _search_on(
+        self, group: ScaleGroup, examples: list[Example], inputs: list[Tensor], counted: list[Tensor]
+    ) -> GroupReport:
+        """inputs: x of the group, one a batch, and counted: which of its tokens make the statistic."""
+        inspect = group.inspect or ""
         prefix = f"{inspect}." if inspect else ""
         originals = {n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears}
         candidates = {f"{n}.weight" if n else "weight": m.weight for n, m in originals.items() if self._is_selected(m)}
@@ -73,28 +179,37 @@ class BlockCalibrator:
         def candidate(s: Tensor) -> dict[str, Tensor]:
             return {n: self.settings.quantizer.stand_in(w, s) for n, w in candidates.items()}
 
-        inputs, alpha = [seen.x for seen in calls], self.settings.recipe.smooth_alpha
+        alpha = self.settings.recipe.smooth_alpha
         if alpha is None:
-            statistic = group.row_map.tie(mean_abs(inputs, self.masks.counted))
+            statistic = group.row_map.tie(mean_abs(inputs, counted))
             scales = grid_scales(statistic, self.settings.n_grid)
         else:
-            scales = smooth_scales(max_abs(inputs, self.masks.counted), list(candidates.values()), alpha)
+            scales = smooth_scales(max_abs(inputs, counted), list(candidates.values()), alpha)
+        module = self.block.get_submodule(inspect)
         try:
             found = search_scale(module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None)
         except ValueError as error:
             raise ValueError(f"{self.name}, group {', '.join(group.linears)}: {error}") from error
+        return self._report(group, found)
+
+    def _report(self, group: ScaleGroup, found: SearchResult) -> GroupReport:
         self.scalings.append(Scaling(group, found.s))
         return GroupReport(
             block=self.name,
             producer=group.producer,
-            linears=list(group.linears),
+            linears=self._shown(group.linears),
             fold=group.fold or "act_pre_scale",
             alpha=found.alpha,
             losses=found.losses,
             loss_rtn=found.losses[0],
             loss=found.losses[found.index],
-            sensitivity=ratio,
+            sensitivity=self.ratios[group.measured_at],
         )
+
+    def _shown(self, linears: Sequence[str]) -> list[str]:
+        """All experts of a parameter by its name."""
+        together = {n: e.name for e in self.experts.values() for n in e.linear_names()} if len(linears) > 1 else {}
+        return list(dict.fromkeys(together.get(name, name) for name in linears))
 
     def _is_selected(self, module: nn.Module) -> bool:
         return any(module is linear for linear in self.linears.values())
@@ -105,12 +220,15 @@ class BlockCalibrator:
         for stream in self.streams:
             recorder = Seen()
             inspected = self.block.get_submodule(group.inspect or "")
-            linear = self.block.get_submodule(group.linears[0])
+            reader = self.block.get_submodule(group.linears[0])
+            record_x = recorder.record_input
+            if isinstance(reader, ExpertLinear):  # which reads a part of what its producer returns
+                reader, record_x = self.block.get_submodule(group.producer or ""), recorder.record_output
             handles = (
                 module.register_forward_hook(hook, with_kwargs=with_kwargs)
                 for module, hook, with_kwargs in (
                     (inspected, recorder.record_call, True),
-                    (linear, recorder.record_input, False),
+                    (reader, record_x, False),
                 )
             )
             with hooked(handles):
@@ -121,6 +239,9 @@ class BlockCalibrator:
     def _call(self, stream: BlockStream, distorted: bool) -> ModuleCall:
         hidden = stream.distorted if distorted and stream.distorted is not None else stream.hidden
         return stream.call(self.index, hidden)
+
+    def _served_so_far(self) -> dict[str, Tensor]:
+        return self.served_parameters() if self.scalings else {}
 
     @torch.no_grad()
     def served_parameters(self) -> dict[str, Tensor]:
@@ -137,14 +258,21 @@ class BlockCalibrator:
         """The block's new parameters: folded producers and quantized weights."""
         folded = folded_parameters(self.block, self.scalings)
         pre_scaled = activation_scales(self.scalings)
-        result = []
+        values = {}
         for name, linear in self.linears.items():
             weight = folded.pop(f"{name}.weight", linear.weight.detach())
             try:
-                result.append((linear, "weight", self.settings.quantizer.quantize(weight, pre_scaled.get(name))))
+                values[f"{name}.weight"] = self.settings.quantizer.quantize(weight, pre_scaled.get(name))
             except ValueError as error:
                 raise ValueError(f"{self.name}.{name}: {error}") from error
-        for name, value in folded.items():
+        values |= folded
+        result = []
+        for expert in self.experts.values():
+            names = [f"{name}.weight" for name in expert.linear_names()]
+            if any(name in values for name in names):
+                matrices = [values.pop(n, linear.weight.detach()) for n, linear in zip(names, expert.linears, strict=True)]
+                result.append((expert.owner, expert.name.rpartition(".")[2], expert.linears.joined(matrices)))
+        for name, value in values.items():
             module, _, parameter = name.rpartition(".")
             result.append((self.block.get_submodule(module), parameter, value))
         return result
@@ -172,6 +300,13 @@ class Seen:
 
     def record_input(self, module: nn.Module, args: Any, output: Any) -> None:
         self.x = args[0]
+
+    def record_output(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.x = output
+
+
+def _num_weighed(weights: list[Tensor]) -> int:
+    return sum(int((w != 0).sum()) for w in weights)
 
 
 def mean_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
