@@ -51,9 +51,12 @@ class BlockCalibrator:
 
     def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
         """Find one scale a group. All groups are searched on original weights, in order."""
-        reports = []
-        for parameter, some in groupby(groups, key=self._expert_parameter):
-            reports += [self._search_group(g) for g in some] if parameter is None else self._search_experts(list(some))
+        reports: list[GroupReport] = []
+        for parameter, of_parameter in groupby(groups, key=self._expert_parameter):
+            if parameter is None:
+                reports += [self._search_group(group) for group in of_parameter]
+            else:
+                reports += self._search_experts(self.experts[parameter], list(of_parameter))
         return reports
 
     def _expert_parameter(self, group: ScaleGroup) -> str | None:
@@ -90,9 +93,8 @@ class BlockCalibrator:
         return self._search_on(group, examples, [seen.x for seen in calls], self.masks.counted)
 
     @torch.no_grad()
-    def _search_experts(self, groups: list[ScaleGroup]) -> list[GroupReport]:
-        """Groups of one expert each, of one parameter: their inputs are recorded together."""
-        parameter = self.experts[groups[0].linears[0].rpartition(".")[0]]
+    def _search_experts(self, parameter: ExpertParameter, groups: list[ScaleGroup]) -> list[GroupReport]:
+        """Groups of one expert each: their inputs are recorded together."""
         rows = self._expert_rows(parameter)
         self._count_tokens(parameter, rows)
         reports = []
@@ -270,7 +272,9 @@ class BlockCalibrator:
         for expert in self.experts.values():
             names = [f"{name}.weight" for name in expert.linear_names()]
             if any(name in values for name in names):
-                matrices = [values.pop(n, linear.weight.detach()) for n, linear in zip(names, expert.linears, strict=True)]
+                matrices = [
+                    values.pop(n, linear.weight.detach()) for n, linear in zip(names, expert.linears, strict=True)
+                ]
                 result.append((expert.owner, expert.name.rpartition(".")[2], expert.linears.joined(matrices)))
         for name, value in values.items():
             module, _, parameter = name.rpartition(".")

@@ -42,11 +42,12 @@ class ExpertLinear(nn.Linear):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
         """F.linear(x, expert) and x @ expert, whose weight is then (K, N): the module's call, hooks and all."""
-        x, expert, *bias = (*args, *(kwargs or {}).values())
-        if not isinstance(expert, ExpertLinear) or func not in (_linear, *_PRODUCTS):
+        operands = [*args, *(kwargs or {}).values()]
+        if func not in (_linear, *_PRODUCTS) or not isinstance(operands[1], ExpertLinear):
             return NotImplemented
-        y = expert(x)
-        return y + bias[0] if bias and bias[0] is not None else y
+        y = operands[1](operands[0])
+        bias = operands[2] if len(operands) > 2 else None
+        return y if bias is None else y + bias
 
 
 class ExpertLinears(nn.ModuleList):
@@ -63,10 +64,10 @@ class ExpertLinears(nn.ModuleList):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
         """torch.bmm(x, experts): x (E, T, K) -> (E, T, N)."""
-        x, experts = (*args, *(kwargs or {}).values())
-        if not isinstance(experts, ExpertLinears) or func not in _PRODUCTS:
+        operands = [*args, *(kwargs or {}).values()]
+        if func not in _PRODUCTS or not isinstance(operands[1], ExpertLinears):
             return NotImplemented
-        return torch.stack([expert(rows) for expert, rows in zip(experts, x, strict=True)])
+        return torch.stack([expert(rows) for expert, rows in zip(operands[1], operands[0], strict=True)])
 
     @property
     def _weight(self) -> Tensor:
@@ -187,7 +188,7 @@ class _Place:
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.owner._parameters[self.name.rpartition(".")[2]]  # type: ignore[return-value]
+        return self.owner.get_parameter(self.name.rpartition(".")[2])
 
     def use(self, transposed: bool | None) -> None:
         """None: in another way than as experts."""
@@ -254,11 +255,11 @@ def _watch(
 
 
 def _run_eagerly(owner: nn.Module, stack: ExitStack) -> None:
-    config = getattr(owner, "config", None)
+    config: Any = getattr(owner, "config", None)
     implementation = getattr(config, "_experts_implementation", None)
     if implementation not in (None, "eager"):
         stack.callback(setattr, config, "_experts_implementation", implementation)
-        config._experts_implementation = "eager"  # type: ignore[union-attr]
+        config._experts_implementation = "eager"
 
 
 def _put(place: _Place, linears: ExpertLinears, stack: ExitStack) -> None:

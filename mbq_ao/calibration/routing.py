@@ -200,9 +200,7 @@ def _copied(value: Any) -> Any:
     return tree_map_only(Tensor, torch.clone, value)  # modules add to what others returned, in place
 
 
-def _gathered(
-    inputs: dict[int, Tensor], found: list[tuple[Tensor, Tensor]], shares: Tensor | None
-) -> ExpertRows:
+def _gathered(inputs: dict[int, Tensor], found: list[tuple[Tensor, Tensor]], shares: Tensor | None) -> ExpertRows:
     some = next(iter(inputs.values()))
     x = [inputs.get(e, some[:0])[rows] for e, (rows, _) in enumerate(found)]
     share = [
