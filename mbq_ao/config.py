@@ -85,5 +85,6 @@ def show_weight(module: nn.Module) -> None:
 
 
 def _extra_repr(self: nn.Module) -> str:
-    """What `print(model)` says of a quantized layer; the class's own line, and the weight."""
-    return f"{type(self).extra_repr(self)}, weight={self.weight}"
+    """What `print(model)` says of a quantized layer: the class's own line, and the packed weights."""
+    packed = [f"{name}={p}" for name, p in self._parameters.items() if isinstance(p, PackedWeight)]
+    return ", ".join(filter(None, [type(self).extra_repr(self), *packed]))

@@ -137,12 +137,16 @@ class _Run:
         return found if self._explain(found, first, hidden.flatten(0, -2)) else None
 
     def _explain(self, found: list[tuple[Tensor, Tensor]], first: str, hidden: Tensor) -> bool:
-        """Whether the inputs that were seen are those tokens' hidden states, but for a factor on each."""
+        """Whether the inputs that were seen are those tokens' hidden states but for a factor on each, the others 0."""
         for e, (rows, tokens) in enumerate(found):
-            if len(rows):
-                x, expected = self.inputs[first][e][rows].float(), hidden[tokens].float()
-                if not (nn.functional.cosine_similarity(x, expected) > 0.99).all():
-                    return False
+            x = self.inputs[first].get(e)
+            if x is None:
+                continue
+            if not nn.functional.cosine_similarity(x[rows].float(), hidden[tokens].float()).gt(0.99).all():
+                return False
+            others = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, rows, False)
+            if x[others].any():
+                return False
         return True
 
     def shares(self, name: str) -> Tensor:
