@@ -197,7 +197,7 @@ def test_scale_groups_cannot_name_experts() -> None:
     model = build_model("mixtral")
     before = snapshot(model)
     groups = [ScaleGroup(("mlp.experts.gate_up_proj.0",), "post_attention_layernorm")]
-    with pytest.raises(ValueError, match="scale_groups cannot name experts: 'mlp.experts.gate_up_proj.0'"):
+    with pytest.raises(ValueError, match=r"scale_groups cannot name experts: 'mlp\.experts\.gate_up_proj\.0'"):
         quantize_(model, mbq_config(batches_for("mixtral"), scale_groups=groups, **OPTIONS), progress=False)
     assert_unchanged(model, before)
 
