@@ -52,9 +52,13 @@ def _batched(x: Tensor, w: PackedWeight) -> Tensor:
     return w._grouped_mm(x.flatten(0, 1), None).unflatten(0, x.shape[:2])
 
 
+def _product(x: Tensor, w: PackedWeight) -> Tensor:
+    return _linear(x, w, None) if w.dim() == 2 else _batched(x, w)
+
+
 def _no_product(func: Any) -> NoReturn:
     raise NotImplementedError(
-        f"{func}: a quantized weight w can be in x @ w.mT and w @ x.mT only; call dequantize() first"
+        f"{func.__name__}: a quantized weight w can be in x @ w.mT and w @ x.mT only; call dequantize() first"
     )
 
 
@@ -69,14 +73,14 @@ def _aten_linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         if not isinstance(weight, PackedWeight) or weight.transposed or weight.dim() != 2:
             raise NotImplementedError(
-                f"{func}: only the weight, 2-D and not transposed, can be quantized; call dequantize() first"
+                f"{func.__name__}: only the weight, 2-D and not transposed, can be quantized; call dequantize() first"
             )
         return _linear(input, weight, bias)
 
     return linear(*args, **kwargs)
 
 
-@PackedWeight.implements([aten.mm.default, aten.bmm.default, aten.mv.default])
+@PackedWeight.implements([aten.mm.default, aten.bmm.default])
 @PackedWeight.implements_torch_function([torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__])
 @PackedWeight.implements_torch_function([torch.mm, torch.Tensor.mm, torch.bmm, torch.Tensor.bmm])
 def _matmul(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
@@ -84,10 +88,9 @@ def _matmul(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
     if isinstance(a, PackedWeight) == isinstance(b, PackedWeight):
         _no_product(func)
     if isinstance(a, PackedWeight) and not a.transposed and b.dim() > 1:
-        product = _linear if a.dim() == 2 else _batched
-        return product(b.mT, a, *[None] * (a.dim() == 2)).mT
+        return _product(b.mT, a).mT
     if isinstance(b, PackedWeight) and b.transposed:
-        return _linear(a, b, None) if b.dim() == 2 else _batched(a, b)
+        return _product(a, b)
     _no_product(func)
 
 
@@ -112,7 +115,7 @@ def _grouped_mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
         if isinstance(x, PackedWeight) or not isinstance(w, PackedWeight) or not w.transposed or w.dim() != 3:
             _no_product(func)
         if bias is not None or out_dtype not in (None, x.dtype):
-            raise NotImplementedError(f"{func}: bias must be None and the output in x's dtype for {w}")
+            raise NotImplementedError(f"{func.__name__}: bias must be None and the output in x's dtype for {w}")
         if offs is None:
             return _batched(x, w)
         _check_width(x, w)

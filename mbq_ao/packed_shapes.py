@@ -78,8 +78,8 @@ def _experts(w: PackedWeight, index: Any) -> PackedWeight:
 def _check_experts(func: Any, w: PackedWeight, dim: int) -> None:
     if w.dim() != 3 or dim != 0:
         raise NotImplementedError(
-            f"{func}: only experts, along dimension 0 of three, can be picked one by one; call dequantize() first, "
-            f"got dimension {dim} of {w}"
+            f"{func}: of a quantized weight only experts can be picked, along dimension 0 of three, got dimension "
+            f"{dim} of {w}; call dequantize() first"
         )
 
 
@@ -87,6 +87,8 @@ def slice_weight(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
     w, dim, start, end, step = fill_defaults(args, 5, [0, None, None, 1])
     dim = _wrapped_dim(w, dim)
     start, end, _ = slice(start, end).indices(w.shape[dim])
+    if w.dim() == 3 and dim == 0:
+        return return_and_correct_aliasing(func, args, kwargs, _experts(w, slice(start, end, step)))
     if step != 1:
         raise ValueError(f"a slice of {w} must have step 1, got {step}; call dequantize() and slice that")
     return return_and_correct_aliasing(func, args, kwargs, _slice(w, dim, start, max(start, end)))

@@ -120,6 +120,15 @@ class PackedWeight(TorchAOBaseTensor):
         )
 
     @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # What transformers calls where torch's grouped_mm would not do. By name: the op exists once that is imported.
+        if getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback":
+            func = torch.nn.functional.grouped_mm
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

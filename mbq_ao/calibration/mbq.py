@@ -18,6 +18,8 @@ Memory beyond the model (and `device`), at the peak at most:
     + 3.5 fp32 copies of one block: it is copied to be probed, and folded or fake-quantized beside that
     + 4.5 times the hidden states of all calibration tokens, 10 times with error propagation: the stream, and the
       inputs, targets and outputs of one group at a time
+    + in a mixture of experts 3.5 times the inputs of one parameter's experts: tokens, times experts a token, times its
+      in_features
 
 (measured in test/calibration/test_memory.py). The sensitivity pass needs less: one hidden state a block and the
 activations of one block for one batch at a time, no weight gradients; and logits of the answers only.

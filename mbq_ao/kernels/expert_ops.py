@@ -12,6 +12,7 @@ breaks no graph. On a GPU reading offs waits for the device; offs=None, where ea
 """
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -184,13 +185,13 @@ def _each_expert(
 
 def _rows_of_experts(num_rows: int, num_experts: int, offs: Tensor | None) -> Iterator[tuple[int, slice]]:
     ends = [num_rows // num_experts * (e + 1) for e in range(num_experts)] if offs is None else offs.tolist()
-    starts = [0, *ends[:-1]]
-    if any(start > end for start, end in zip(starts, ends, strict=True)) or ends[-1:] > [num_rows]:
+    bounds = [0, *ends]
+    if bounds != sorted(bounds) or bounds[-1] > num_rows:
         raise ValueError(
             f"offs must not decrease and must end at the {num_rows} rows of x at most, as it says where the rows of "
             f"each expert end; got {ends}"
         )
-    return ((e, slice(*rows)) for e, rows in enumerate(zip(starts, ends, strict=True)) if rows[0] < rows[1])
+    return ((e, slice(start, end)) for e, (start, end) in enumerate(pairwise(bounds)) if start < end)
 
 
 def _of(act_pre_scale: Tensor | None, e: int) -> Tensor | None:
