@@ -106,12 +106,12 @@ class WorkDir(Store):
         if known is None:
             self._write("run", "run", State({"fingerprint": run.fingerprint, "environment": run.environment}))
             return
-        if found := _differences(known.record["fingerprint"], run.fingerprint):
+        if found := differences(known.record["fingerprint"], run.fingerprint):
             raise ValueError(
                 f"work_dir {str(self.path)!r} is of another run; pass another folder, or delete this one. "
                 f"What differs:\n{found}"
             )
-        if found := _differences(known.record["environment"], run.environment):
+        if found := differences(known.record["environment"], run.environment):
             warnings.warn(
                 f"work_dir {str(self.path)!r} was begun under other conditions, so that the last bits of the result "
                 f"may differ from an uninterrupted run's:\n{found}",
@@ -274,7 +274,7 @@ def describe_run(
         "model class": type(model).__name__,
         **{f"model config {k}": v for k, v in _flat(config.to_dict() if hasattr(config, "to_dict") else {})},
         **{
-            name: _tensor_text(tensor)
+            name: tensor_text(tensor)
             for name, tensor in tqdm(named, desc="fingerprint", disable=not progress, leave=False)
         },
         **{f"quantized linear {block}.{name}": "" for block, linears in selected.items() for name in linears},
@@ -286,7 +286,7 @@ def describe_run(
         masks = {"labels": batch.labels, "vision_mask": batch.vision, "answer_mask": batch.answer, "valid": batch.valid}
         for path, leaf in tree_flatten_with_path({**batch.inputs, **masks})[0]:
             name = f"calibration batch {index}{keystr(path)}"
-            fingerprint[name] = _tensor_text(leaf) if isinstance(leaf, Tensor) else _value_text(name, leaf)
+            fingerprint[name] = tensor_text(leaf) if isinstance(leaf, Tensor) else _value_text(name, leaf)
     computer = f"{platform.machine()}, {torch.get_num_threads()} threads"
     environment = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({computer})",
@@ -309,7 +309,8 @@ def _flat(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", repr(value)
 
 
-def _tensor_text(tensor: Tensor) -> str:
+def tensor_text(tensor: Tensor) -> str:
+    """dtype, shape and a hash of the values."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}{_HASH}{_sha256(*_bytes_of(tensor))}"
 
 
@@ -318,7 +319,7 @@ def _bytes_of(tensor: Tensor) -> Iterator[memoryview | bytes]:
     if is_traceable_wrapper_subclass(tensor):  # a part of the model that is quantized already
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield _tensor_text(getattr(tensor, name)).encode()
+            yield tensor_text(getattr(tensor, name)).encode()
     else:
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
@@ -343,18 +344,26 @@ def _sha256(*parts: memoryview | bytes) -> str:
 
 
 def _checksum(key: str, record: str, tensors: Sequence[Tensor]) -> str:
-    return _sha256("\n".join([key, record, *map(_tensor_text, tensors)]).encode())
+    return _sha256("\n".join([key, record, *map(tensor_text, tensors)]).encode())
 
 
-def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The names whose text differs, one line for those that differ in the same way; "" if none does."""
+def differences(
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    then: str = "in work_dir",
+    here: str = "in this call",
+) -> str:
+    """The names whose text differs, one line for those that differ in the same way; "" if none does.
+
+    then, here: where the two are.
+    """
     names_by_text: dict[str, list[str]] = {}
     for name in dict.fromkeys([*now, *before]):
         if name not in before or name not in now:
-            text = "only in this call" if name in now else "only in work_dir"
+            text = f"only {here if name in now else then}"
         elif before[name] != now[name]:
-            (there, _, _), (here, _, _) = (text.partition(_HASH) for text in (before[name], now[name]))
-            text = f"{there} in work_dir, {here} in this call" if there != here else "other values"
+            (old, _, _), (new, _, _) = (text.partition(_HASH) for text in (before[name], now[name]))
+            text = f"{old} {then}, {new} {here}" if old != new else "other values"
         else:
             continue
         names_by_text.setdefault(text, []).append(name)

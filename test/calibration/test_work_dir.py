@@ -439,15 +439,15 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_the_hash_of_a_tensor(dtype: torch.dtype) -> None:
     tensor = torch.arange(12).reshape(3, 4).to(dtype)
-    text = work_dir._tensor_text(tensor)
-    assert text == work_dir._tensor_text(tensor.T.contiguous().T)
+    text = work_dir.tensor_text(tensor)
+    assert text == work_dir.tensor_text(tensor.T.contiguous().T)
     other = tensor.clone()
     other[0, 0] = 1
     different = [other, tensor.reshape(4, 3), tensor[0, 0], tensor[:0], tensor.to(torch.float16)]
-    assert len({text, *map(work_dir._tensor_text, different)}) == 1 + len(different)
+    assert len({text, *map(work_dir.tensor_text, different)}) == 1 + len(different)
 
 
 def test_the_hash_of_a_quantized_tensor() -> None:
     weights = [torch.ones(32, 64), torch.eye(32, 64), torch.ones(32, 64)]
-    texts = [work_dir._tensor_text(MBQInt3Tensor.from_hp(weight, 32)) for weight in weights]
+    texts = [work_dir.tensor_text(MBQInt3Tensor.from_hp(weight, 32)) for weight in weights]
     assert texts[0] == texts[2] != texts[1]
