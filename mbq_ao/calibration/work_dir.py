@@ -331,8 +331,8 @@ def _value_text(name: str, value: object) -> str:
         return f"{type(value).__name__}{_HASH}{_sha256(pickle.dumps(value))}"
     except Exception as error:
         raise ValueError(
-            f"{name} is a {type(value).__name__} that cannot be pickled, so work_dir cannot tell whether it is the "
-            "same in the next call; pass tensors and numbers, or leave out work_dir"
+            f"{name} is a {type(value).__name__} that cannot be pickled, so it cannot be told whether it is "
+            "the same in the next call (work_dir) or on the other ranks; pass tensors and numbers"
         ) from error
 
 

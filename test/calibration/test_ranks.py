@@ -21,6 +21,7 @@ import torch.distributed as dist
 from expecttest import assert_expected_inline as expect
 from models import assert_unchanged, build_batch, build_model, snapshot
 from results import Result, assert_same, parts_of
+from torch.distributed.fsdp import fully_shard
 from torchao.quantization import Int8WeightOnlyConfig
 from tqdm.auto import tqdm
 
@@ -381,3 +382,25 @@ def test_a_folder_that_is_refused(tmp_path: Path) -> None:
     first, second = on_ranks(2, tmp_path, refused_folder, folder=tmp_path / "work")
     assert first.startswith("ValueError: work_dir") and "holds files but no calibration" in first
     assert second.startswith("RuntimeError: quantize_ failed on rank 0: ValueError: work_dir")
+
+
+# Models that are distributed already
+
+
+def wrapped(rank: int) -> list[str]:
+    texts = []
+    model = build_model("llava")
+    for sharded in (torch.nn.parallel.DistributedDataParallel(model), fully_shard(model)):
+        with pytest.raises(ValueError) as caught:
+            quantize_(sharded, mbq_config(calib_data("llava"), group_size=32), progress=False)
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_models_that_are_distributed_already(tmp_path: Path) -> None:
+    first, second = on_ranks(2, tmp_path, wrapped)
+    assert first == second
+    assert first[0] == (
+        "the model is wrapped in DistributedDataParallel: call quantize_ with the model itself, and wrap it after"
+    )
+    assert "is a DTensor, of which this rank has a part" in first[1]
