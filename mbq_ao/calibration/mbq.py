@@ -9,8 +9,9 @@ Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", 
 
 `calibrate` never changes the model. It returns a Plan, whose `apply` sets all new parameters or none,
 so a failure or Ctrl-C at any point leaves the model as it was; with a work_dir the next call goes on from there
-(calibration/work_dir.py). Several processes may share the batches (calibration/ranks.py). The price is that the packed weights lie beside the original ones until the end: 3.25 bits
-a weight for w3a16 at group size 128, 4 for w4a8.
+(calibration/work_dir.py). Several processes may share the batches (calibration/ranks.py).
+The price is that the packed weights lie beside the original ones until the end: 3.25 bits a weight for w3a16 at group
+size 128, 4 for w4a8.
 
 Memory beyond the model (and `device`), at the peak at most:
 

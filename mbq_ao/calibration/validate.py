@@ -17,7 +17,8 @@ def check_model(model: nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__ in _WRAPPERS:
             raise ValueError(
-                f"the model is wrapped in {type(module).__name__}: call quantize_ with the model itself, and wrap it after"
+                f"the model is wrapped in {type(module).__name__}: call quantize_ with the model itself, and wrap it "
+                "after"
             )
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")

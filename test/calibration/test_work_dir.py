@@ -327,8 +327,8 @@ def test_data_that_cannot_be_compared(model: nn.Module, tmp_path: Path) -> None:
     expect(
         refused(model, [batch], work_dir=tmp_path / "new"),
         """\
-calibration batch 0['output_attentions'] is a lock that cannot be pickled, so work_dir cannot tell whether it is \
-the same in the next call; pass tensors and numbers, or leave out work_dir""",
+calibration batch 0['output_attentions'] is a lock that cannot be pickled, so it cannot be told whether it is the \
+same in the next call (work_dir) or on the other ranks; pass tensors and numbers""",
     )
 
 
