@@ -11,10 +11,11 @@ and an answer. Weights become 3-bit, asymmetric, in groups of 128, in both. The 
     mbq_ao, AWQ-like    mbq_config(data, balance=False, loss="mse"): the mean squared error over all tokens, as AWQ
     llm-compressor      oneshot with [AWQModifier(), QuantizationModifier(...)], both as they come
 
-Each run is a process of its own that loads the model from disk, calibrates a tiny model of the same kind first, so that
-imports and other first times are not measured, and then measures the one call. Contenders take turns, so that what else
-the machine does hits all of them. Every run checks its result: finite logits on held-out samples, and their mean
-squared error against full precision, beside what plain rounding (RTN) on the same grid leaves.
+Ours and the peer's are a process each, which loads the model from disk for every run, calibrates a tiny one of the same
+kind first, so that first times are not measured, and then measures the one call. Contenders take turns, so that what
+else the machine does hits all of them; CPU time, on one thread, hardly depends on that. Every run checks its result:
+finite logits on held-out samples, and their mean squared error against full precision, beside what plain rounding (RTN)
+on the same grid leaves.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from small_vlm import TINY, Size, build_model, build_samples, device_name, inputs, logits
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -45,7 +48,7 @@ OURS = ("mbq_ao", "mbq_ao, AWQ-like")
 RTN = {True: "llm-compressor RTN", False: "mbq_ao RTN"}
 MARK = "RESULT "
 HELD_OUT = 4
-IMAGE, VIDEO, IMAGE_START, IMAGE_END, FIRST_WORD = 3, 4, 5, 6, 7
+SMOKE = Size(hidden=256, intermediate=256, layers=1, samples=2, image_side=2, words=20)
 HOW_TO_MAKE_AN_ENVIRONMENT = """\
 --peer-python PATH is the Python of an environment that has llm-compressor (tried with 0.14.0.1):
     python3.11 -m venv llmcompressor_env
@@ -63,106 +66,6 @@ NOTES = [
     "scales and zero points; weights stay as they are beside those and are packed when the model is saved, which is "
     "not timed.",
 ]
-
-
-@dataclass(frozen=True)
-class Size:
-    hidden: int = 1024
-    intermediate: int = 2816
-    layers: int = 2
-    samples: int = 8
-    image_side: int = 8  # tokens of an image, a side
-    words: int = 62
-
-    @property
-    def tokens(self) -> int:
-        """Of one sample."""
-        return self.image_side**2 + 2 + self.words
-
-
-SMOKE = Size(hidden=256, intermediate=256, layers=1, samples=2, image_side=2, words=20)
-TINY = Size(hidden=128, intermediate=256, layers=1, samples=2, image_side=2, words=10)
-
-
-# --- what both get
-
-
-def build_model(size: Size) -> nn.Module:
-    """With random weights; norm weights differ from channel to channel, as a search needs something to find."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    heads = size.hidden // 128
-    text = {
-        "hidden_size": size.hidden,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": heads,  # all groups of both: the peer leaves out o_proj where heads share values
-        "vocab_size": 512,
-        "max_position_embeddings": 1024,
-        "rope_parameters": {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6},
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "tie_word_embeddings": False,
-    }
-    vision = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 128, "out_hidden_size": size.hidden}
-    vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "fullatt_block_indexes": [0]}
-    config = Qwen2_5_VLConfig(
-        text_config=text,
-        vision_config=vision,
-        image_token_id=IMAGE,
-        video_token_id=VIDEO,
-        vision_start_token_id=IMAGE_START,
-        vision_end_token_id=IMAGE_END,
-        tie_word_embeddings=False,
-    )
-    torch.manual_seed(0)
-    model = Qwen2_5_VLForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                if name.endswith("norm.weight"):
-                    parameter.copy_(torch.randn_like(parameter).mul_(0.8).exp_())
-            else:
-                parameter.normal_(std=1.0 if "embed_tokens" in name else parameter[0].numel() ** -0.5)
-                if name.endswith(("o_proj.weight", "down_proj.weight")):
-                    parameter.mul_(0.25)  # a layer adds little to what it is given, as in trained models
-    return model
-
-
-def build_samples(size: Size, count: int, seed: int) -> list[dict[str, Tensor]]:
-    """As a processor returns them, with labels on the last quarter of the words."""
-    generator = torch.Generator().manual_seed(seed)
-    image = torch.tensor([IMAGE_START, *[IMAGE] * size.image_side**2, IMAGE_END])
-    patches, samples = 2 * size.image_side, []
-    for _ in range(count):
-        words = torch.randint(FIRST_WORD, 512, (size.words,), generator=generator)
-        ids = torch.cat([words[:4], image, words[4:]])[None]
-        labels = ids.clone()
-        labels[:, : -(size.words // 4)] = -100
-        samples.append(
-            {
-                "input_ids": ids,
-                "attention_mask": torch.ones_like(ids),
-                "labels": labels,
-                "pixel_values": torch.randn(patches**2, 3 * 2 * 14 * 14, generator=generator),
-                "image_grid_thw": torch.tensor([[1, patches, patches]]),
-                "mm_token_type_ids": (ids == IMAGE).int(),
-            }
-        )
-    return samples
-
-
-def inputs(sample: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in sample.items() if name != "labels"}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, samples: list[dict[str, Tensor]]) -> Tensor:
-    device = next(model.parameters()).device
-    moved = ({name: value.to(device) for name, value in inputs(sample).items()} for sample in samples)
-    return torch.cat([model(**sample, use_cache=False).logits.flatten(0, 1) for sample in moved])
 
 
 # --- one run, in a process of its own
@@ -248,16 +151,42 @@ def run(contender: str, folder: pathlib.Path, size: Size, device: str) -> dict[s
 # --- all runs
 
 
-def in_process(contender: str, python: str, folder: pathlib.Path, size: Size, args: argparse.Namespace) -> dict:
-    """`run` in a process of its own."""
-    asked = {"contender": contender, "folder": str(folder), "size": asdict(size), "device": args.device}
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
-    command = [python, __file__, "--worker", json.dumps(asked)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not lines:
-        raise SystemExit(f"{contender} failed under {python}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return json.loads(lines[-1].removeprefix(MARK))
+class Worker:
+    """`run` in a process of its own, as often as it is asked."""
+
+    def __init__(self, python: str, folder: pathlib.Path, args: argparse.Namespace) -> None:
+        environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "false"}
+        self.command = [python, __file__, "--worker"]
+        self.asked = {"folder": str(folder), "device": args.device}
+        self.log = (folder / f"worker_{id(self)}.log").open("w+")
+        self.process = subprocess.Popen(
+            self.command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+
+    def run(self, contender: str, size: Size) -> dict[str, Any]:
+        assert self.process.stdin and self.process.stdout
+        request = json.dumps(self.asked | {"contender": contender, "size": asdict(size)})
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                return json.loads(line.removeprefix(MARK))
+        self.log.seek(0)
+        raise SystemExit(f"{contender} failed under {self.command[0]}:\n{self.log.read()[-4000:]}")
+
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        self.process.wait()
+        self.log.close()
+
+
+def serve() -> None:
+    """A worker's side: one request a line."""
+    for line in sys.stdin:
+        asked = json.loads(line)
+        found = run(asked["contender"], pathlib.Path(asked["folder"]), Size(**asked["size"]), asked["device"])
+        print(MARK + json.dumps(found), flush=True)
 
 
 def summarised(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -310,16 +239,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of a CPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="a model of a moment, one repeat; writes nothing")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     args = parse()
     if args.worker:
-        asked = json.loads(args.worker)
-        found = run(asked["contender"], pathlib.Path(asked["folder"]), Size(**asked["size"]), asked["device"])
-        print(MARK + json.dumps(found))
+        serve()
         return
     size, repeats = (SMOKE, 1) if args.smoke else (Size(layers=args.layers, samples=args.samples), args.repeats)
     if not args.peer_python:
@@ -351,14 +278,15 @@ def all_runs(size: Size, repeats: int, args: argparse.Namespace) -> list[dict[st
         folder = pathlib.Path(name)
         build_model(TINY).save_pretrained(folder / "tiny")
         build_model(size).save_pretrained(folder / "model")
-        for contender in [RTN[False], *(RTN[True] for _ in peers)] + [*OURS, *peers] * repeats:
-            if PEER in contender:
-                runs.append(in_process(contender, args.peer_python, folder, size, args))
-            elif args.smoke:  # in this process, without seconds of imports
-                runs.append(run(contender, folder, size, args.device))
-            else:
-                runs.append(in_process(contender, sys.executable, folder, size, args))
-            print(json.dumps(runs[-1]), flush=True)
+        pythons = {False: sys.executable, True: args.peer_python}
+        workers = {is_peer: Worker(pythons[is_peer], folder, args) for is_peer in (False, *(True for _ in peers))}
+        try:
+            for contender in [RTN[False], *(RTN[True] for _ in peers)] + [*OURS, *peers] * repeats:
+                runs.append(workers[PEER in contender].run(contender, size))
+                print(json.dumps(runs[-1]), flush=True)
+        finally:
+            for worker in workers.values():
+                worker.close()
     return runs
 
 
@@ -376,14 +304,6 @@ def markdown(facts: dict[str, Any], size: Size, repeats: int) -> str:
         f"{repeats} rounds. {versions}. Error: mean squared, of the logits, over theirs.\n\n"
         f"{table(facts['summary'])}\n\n" + "".join(f"- {note}\n" for note in NOTES)
     )
-
-
-def device_name(device: str) -> str:
-    if device != "cpu":
-        return torch.cuda.get_device_name()
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [x.split(":", 1)[1].strip() for x in info.read_text().splitlines() if x.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 if __name__ == "__main__":
