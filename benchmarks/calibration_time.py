@@ -21,6 +21,7 @@ on the same grid leaves.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -166,8 +167,9 @@ class Worker:
     def run(self, contender: str, size: Size) -> dict[str, Any]:
         assert self.process.stdin and self.process.stdout
         request = json.dumps(self.asked | {"contender": contender, "size": asdict(size)})
-        self.process.stdin.write(request + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # its log says why
+            self.process.stdin.write(request + "\n")
+            self.process.stdin.flush()
         for line in self.process.stdout:
             if line.startswith(MARK):
                 return json.loads(line.removeprefix(MARK))
@@ -176,7 +178,8 @@ class Worker:
 
     def close(self) -> None:
         assert self.process.stdin
-        self.process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.wait()
         self.log.close()
 

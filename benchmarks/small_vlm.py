@@ -19,7 +19,7 @@ IMAGE, VIDEO, IMAGE_START, IMAGE_END, FIRST_WORD = 3, 4, 5, 6, 7
 class Size:
     hidden: int = 512
     intermediate: int = 1408
-    layers: int = 4
+    layers: int = 2
     samples: int = 8
     image_side: int = 8  # tokens of an image, a side
     words: int = 62

@@ -1,5 +1,6 @@
 """benchmarks/calibration_time.py and overheads.py: a smoke run of each, and what they make of their figures."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -40,9 +41,14 @@ def test_calibration_time_without_a_peer() -> None:
     assert "| mbq_ao |" in printed and results() == before
 
 
-def test_a_peer_that_does_not_run_is_shown() -> None:
-    with pytest.raises(AssertionError, match=r"failed under .*python[\s\S]*No module named 'llmcompressor'"):
-        smoke("calibration_time.py", "--peer-python", sys.executable)
+def test_a_worker_that_does_not_run_is_shown(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho No module named llmcompressor >&2\nexit 1\n")
+    python.chmod(0o755)
+    worker = calibration_time.Worker(str(python), tmp_path, argparse.Namespace(threads=1, device="cpu"))
+    with pytest.raises(SystemExit, match=r"llm-compressor failed under .*python:\nNo module named llmcompressor"):
+        worker.run("llm-compressor", calibration_time.SMOKE)
+    worker.close()
 
 
 def one(contender: str, seconds: float, error: float, **changes: Any) -> dict[str, Any]:
