@@ -48,7 +48,7 @@ from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
 from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
-from mbq_ao.calibration.work_dir import State, Store, describe_run
+from mbq_ao.calibration.work_dir import State, Store, describe_data, describe_run
 
 
 @dataclass
@@ -146,6 +146,7 @@ def calibrate(
         report.logits_error = check_logits(model, blocks, all_scalings, batches)
 
     _summarise(report, plan, blocks, groups, selected, settings)
+    report.calibration = describe_data(batches)
     report.seconds = time.perf_counter() - begin
     return plan, report
 
