@@ -17,6 +17,7 @@ The tree, and which way imports go (each line imports only from lines above it):
     calibration/           MBQ itself; never imported at serve time. Start reading at calibration/mbq.py
     quantize.py            mbq_config and quantize_, the front door
     safetensors_format.py  quantized weights in safetensors files: the checkpoint format
+    generation.py          compiled `model.generate`
     hf_quantizer.py        quant_method "mbq" of transformers; pretrained.py: save_pretrained, from_pretrained
     demo/                  a real small vision-language model, and `python -m mbq_ao demo`
 """
@@ -44,6 +45,7 @@ __all__ = [
     "MBQW4A8Tensor",
     "ScaleGroup",
     "calibration_data",
+    "compile_for_generation",
     "compile_options",
     "from_pretrained",
     "fuse_linears_",
@@ -62,6 +64,7 @@ _LAZY = {
     "CalibrationReport": "mbq_ao.calibration.report",
     "ScaleGroup": "mbq_ao.calibration.fold",
     "calibration_data": "mbq_ao.calibration.data",
+    "compile_for_generation": "mbq_ao.generation",
     "compile_options": "mbq_ao.fuse_linears",
     "from_pretrained": "mbq_ao.pretrained",
     "fuse_linears_": "mbq_ao.fuse_linears",
