@@ -260,6 +260,7 @@ def quantize_(
     from mbq_ao.calibration.mbq import calibrate
     from mbq_ao.calibration.ranks import joined_ranks
     from mbq_ao.calibration.work_dir import open_work_dir
+    from mbq_ao.pretrained import attach
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
@@ -289,6 +290,7 @@ def quantize_(
         name: getattr(config, name)
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")
     } | {"vision": None if config.vision is None else type(config.vision).__name__}
+    attach(model, report)
     return report
 
 
