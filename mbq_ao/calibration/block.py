@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.experts import ExpertLinear, ExpertParameter
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
+from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import ExpertsReport, GroupReport
 from mbq_ao.calibration.routing import ExpertRows, common, expert_rows
 from mbq_ao.calibration.scale_search import (
@@ -29,7 +31,10 @@ FEWEST_TOKENS = 1  # an expert that fewer tokens weigh in for is rounded plainly
 
 
 class BlockCalibrator:
-    """Searches the groups of one block on the streams at its input. The block is not changed."""
+    """Searches the groups of one block on the streams at its input. The block is not changed.
+
+    streams: of the batches that this rank runs. masks: of all batches.
+    """
 
     def __init__(
         self,
@@ -42,12 +47,13 @@ class BlockCalibrator:
         ratios: Mapping[str, float | None],
         linears: dict[str, nn.Linear],
         experts: list[ExpertParameter],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.name, self.block, self.index, self.streams = name, block, index, streams
         self.masks, self.settings, self.ratios, self.linears = masks, settings, ratios, linears
         self.experts = {e.name: e for e in experts}
         self.num_tokens: dict[str, list[int]] = {}  # of a module with experts, that weigh in each expert's own search
-        self.scalings: list[Scaling] = []
+        self.ranks, self.scalings = ranks, list[Scaling]()
 
     def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
         """Find one scale a group. All groups are searched on original weights, in order."""
@@ -88,85 +94,92 @@ class BlockCalibrator:
         )
         examples = [
             Example(seen.call, target.output, weight)
-            for seen, target, weight in zip(calls, clean, weights, strict=True)
+            for seen, target, weight in zip(calls, clean, self.ranks.mine(weights), strict=True)
         ]
-        return self._search_on(group, examples, [seen.x for seen in calls], self.masks.counted)
+        return self._search_on(group, examples, [seen.x for seen in calls], self.ranks.mine(self.masks.counted))
 
     @torch.no_grad()
     def _search_experts(self, parameter: ExpertParameter, groups: list[ScaleGroup]) -> list[GroupReport]:
         """Groups of one expert each: their inputs are recorded together."""
-        rows = self._expert_rows(parameter)
-        self._count_tokens(parameter, rows)
+        rows, tokens = self._expert_rows(parameter)
+        self._count_tokens(parameter, tokens)
         reports = []
         for group in groups:
             e = int(group.linears[0].rpartition(".")[2])
-            linear, ratio = parameter.linears[e], self.ratios[group.measured_at]
-            counted, weights = self._expert_weights(parameter, rows, e, ratio)
+            linear = parameter.linears[e]
+            counted, weights = self._expert_weights(parameter, tokens, e, self.ratios[group.measured_at])
             if (num_tokens := _num_weighed(weights)) >= FEWEST_TOKENS:
+                own = self.ranks.mine(weights)
+                if self.settings.route_weighted:
+                    power = 1 if self.settings.loss == "mae" else 2
+                    own = [w * clean.share[e].abs() ** power for w, (clean, _) in zip(own, rows, strict=True)]
                 examples = [
                     Example(ModuleCall((seen.x[e],), {}), linear(clean.x[e]), weight)
-                    for (clean, seen), weight in zip(rows, weights, strict=True)
+                    for (clean, seen), weight in zip(rows, own, strict=True)
                 ]
-                report = self._search_on(group, examples, [seen.x[e] for _, seen in rows], counted)
+                report = self._search_on(group, examples, [seen.x[e] for _, seen in rows], self.ranks.mine(counted))
             else:
                 plain = torch.ones(linear.in_features, device=linear.weight.device)
                 report = self._report(group, SearchResult(plain, 0.0, [0.0], 0))
             reports.append(replace(report, num_tokens=num_tokens))
         return reports
 
-    def _expert_rows(self, parameter: ExpertParameter) -> list[tuple[ExpertRows, ExpertRows]]:
-        """A batch: (what the target is computed from, what the candidates get), row by row the same tokens.
+    def _expert_rows(
+        self, parameter: ExpertParameter
+    ) -> tuple[list[tuple[ExpertRows, ExpertRows]], list[list[Tensor]]]:
+        """Of each batch that this rank runs (what the target is computed from, what the candidates get), row by row the
+        same tokens; and of all batches the numbers of each expert's tokens.
 
-        An empty list if it cannot be told which tokens the experts get.
+        Empty lists if it cannot be told which tokens the experts get.
         """
-        result = []
+        rows: list[tuple[ExpertRows, ExpertRows] | None] = []
         served = self._served_so_far() if self.settings.propagate_error else {}
+        record = partial(expert_rows, self.block, experts=list(self.experts.values()), wanted=parameter)
         for stream in self.streams:
-            options: Any = {"with_shares": self.settings.route_weighted}
-            everything = (list(self.experts.values()), parameter)
-            clean = expert_rows(self.block, self._call(stream, distorted=False), {}, *everything, **options)
+            clean = record(self._call(stream, distorted=False), {}, with_shares=self.settings.route_weighted)
             seen = clean
             if self.settings.propagate_error:
                 # Errors before the router send some tokens elsewhere; those have no target.
-                seen = expert_rows(self.block, self._call(stream, distorted=True), served, *everything, **options)
+                seen = record(self._call(stream, distorted=True), served, with_shares=False)
             if clean is None or seen is None:
-                return []
-            result.append((clean, seen) if seen is clean else common(clean, seen))
-        return result
+                rows.append(None)
+            else:
+                rows.append((clean, seen) if seen is clean else common(clean, seen))
+        tokens = self.ranks.gather([of_batch and of_batch[0].tokens for of_batch in rows])
+        if any(of_batch is None for of_batch in tokens):
+            return [], []
+        return [r for r in rows if r is not None], [t for t in tokens if t is not None]
 
     def _expert_weights(
-        self, parameter: ExpertParameter, rows: list[tuple[ExpertRows, ExpertRows]], e: int, ratio: float | None
+        self, parameter: ExpertParameter, tokens: list[list[Tensor]], e: int, ratio: float | None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """One tensor a batch: which rows of expert e are counted, and their weights in the loss, (n,) fp32."""
+        """Of all batches: which tokens of expert e are counted, and their weights in the loss, (n,) fp32."""
 
-        def of_rows(masks: list[Tensor]) -> list[Tensor]:
-            return [mask.flatten()[clean.tokens[e]] for mask, (clean, _) in zip(masks, rows, strict=bool(rows))]
+        def of_expert(masks: list[Tensor]) -> list[Tensor]:
+            return [mask.flatten()[of_batch[e]] for mask, of_batch in zip(masks, tokens, strict=bool(tokens))]
 
-        counted = of_rows(self.masks.counted)
+        counted = of_expert(self.masks.counted)
         weights = token_weights(
             counted,
-            of_rows(self.masks.answer),
-            of_rows(self.masks.vision),
+            of_expert(self.masks.answer),
+            of_expert(self.masks.vision),
             ratio=ratio,
             loss=self.settings.loss,
             num_channels=parameter.linears[e].out_features,
         )
-        if self.settings.route_weighted:
-            power = 1 if self.settings.loss == "mae" else 2
-            weights = [w * clean.share[e].abs() ** power for w, (clean, _) in zip(weights, rows, strict=True)]
         return counted, weights
 
-    def _count_tokens(self, parameter: ExpertParameter, rows: list[tuple[ExpertRows, ExpertRows]]) -> None:
+    def _count_tokens(self, parameter: ExpertParameter, tokens: list[list[Tensor]]) -> None:
         ratio = next((r for r in self.ratios.values() if r is not None), None)
-        weights = [self._expert_weights(parameter, rows, e, ratio)[1] for e in range(len(parameter.linears))]
-        self.num_tokens[parameter.owner_name] = [_num_weighed(w) for w in weights] if rows else []
+        weights = [self._expert_weights(parameter, tokens, e, ratio)[1] for e in range(len(parameter.linears))]
+        self.num_tokens[parameter.owner_name] = [_num_weighed(w) for w in weights] if tokens else []
 
     def experts_reports(self) -> list[ExpertsReport]:
         """One for each module of experts of which something is quantized."""
         selected = {name.rpartition(".")[0] for name in self.linears}
         for parameter in self.experts.values():
             if parameter.name in selected and parameter.owner_name not in self.num_tokens:
-                self._count_tokens(parameter, self._expert_rows(parameter))
+                self._count_tokens(parameter, self._expert_rows(parameter)[1])
         return [ExpertsReport(self.name, name, tokens) for name, tokens in self.num_tokens.items()]
 
     def _search_on(
@@ -183,13 +196,15 @@ class BlockCalibrator:
 
         alpha = self.settings.recipe.smooth_alpha
         if alpha is None:
-            statistic = group.row_map.tie(mean_abs(inputs, counted))
+            statistic = group.row_map.tie(mean_abs(inputs, counted, self.ranks))
             scales = grid_scales(statistic, self.settings.n_grid)
         else:
-            scales = smooth_scales(max_abs(inputs, counted), list(candidates.values()), alpha)
+            scales = smooth_scales(max_abs(inputs, counted, self.ranks), list(candidates.values()), alpha)
         module = self.block.get_submodule(inspect)
         try:
-            found = search_scale(module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None)
+            found = search_scale(
+                module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None, ranks=self.ranks
+            )
         except ValueError as error:
             raise ValueError(f"{self.name}, group {', '.join(group.linears)}: {error}") from error
         return self._report(group, found)
@@ -313,16 +328,21 @@ def _num_weighed(weights: list[Tensor]) -> int:
     return sum(int((w != 0).sum()) for w in weights)
 
 
-def mean_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
-    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches."""
+def mean_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE) -> Tensor:
+    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
+
+    inputs, counted: of the batches that this rank runs.
+    """
     selected = _counted_tokens(inputs, counted)
-    total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
-    return total / sum(x.shape[0] for x in selected)
+    found = ranks.gather([(x.abs().sum(0, dtype=torch.float32), len(x)) for x in selected])
+    return torch.stack([total for total, _ in found]).sum(0) / sum(number for _, number in found)
 
 
-def max_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
-    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches."""
-    return torch.stack([x.abs().amax(0) for x in _counted_tokens(inputs, counted) if len(x)]).amax(0).float()
+def max_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE) -> Tensor:
+    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches, as `mean_abs`."""
+    selected = _counted_tokens(inputs, counted)
+    found = ranks.gather([x.abs().amax(0) if len(x) else x.new_zeros(x.shape[-1]) for x in selected])
+    return torch.stack(found).amax(0).float()
 
 
 def _counted_tokens(inputs: list[Tensor], counted: list[Tensor]) -> list[Tensor]:
