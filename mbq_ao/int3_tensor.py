@@ -17,6 +17,7 @@ from mbq_ao.kernels import expert_ops, int3_ops  # noqa: F401  (registers torch.
 from mbq_ao.kernels.int3_layout import TILE_K, TILE_N, check_qdata, pack_int3, unpack_int3_rows
 from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, checked_group_size, plain_shape
 from mbq_ao.quant_primitives import (
+    by_row_slabs,
     choose_qparams_affine,
     dequantize_affine,
     fake_quantize_affine,
@@ -91,9 +92,13 @@ class MBQInt3Tensor(PackedWeight):
 
     @classmethod
     def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
-        scale, zero_point = choose_qparams_affine(w, group_size=group_size)
-        check_finite(w, scale)
-        return pack_int3(quantize_affine(w, scale, zero_point, group_size=group_size)), scale, zero_point
+        def quantize(x: Tensor) -> tuple[Tensor, ...]:
+            scale, zero_point = choose_qparams_affine(x, group_size=group_size, scale_dtype=w.dtype)
+            return pack_int3(quantize_affine(x, scale, zero_point, group_size=group_size)), scale, zero_point
+
+        data = by_row_slabs(quantize, w, TILE_N)
+        check_finite(w, data[1])
+        return data
 
     @staticmethod
     def fake_quantize(w: Tensor, group_size: int | None = 128) -> Tensor:

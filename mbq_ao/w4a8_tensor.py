@@ -16,7 +16,7 @@ from mbq_ao import packed_products  # noqa: F401  (registers them for PackedWeig
 from mbq_ao.kernels import expert_ops, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
 from mbq_ao.kernels.int4_layout import TILE_K, TILE_N, check_int4_qdata, pack_int4, unpack_int4_rows
 from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, plain_shape
-from mbq_ao.quant_primitives import choose_scale_symmetric, dequantize_affine, quantize_symmetric
+from mbq_ao.quant_primitives import by_row_slabs, choose_scale_symmetric, dequantize_affine, quantize_symmetric
 
 
 class MBQW4A8Tensor(PackedWeight):
@@ -78,9 +78,13 @@ class MBQW4A8Tensor(PackedWeight):
 
     @classmethod
     def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
-        scale = choose_scale_symmetric(w, group_size=group_size)
-        check_finite(w, scale)
-        return pack_int4(quantize_symmetric(w, scale, group_size=group_size)), scale
+        def quantize(x: Tensor) -> tuple[Tensor, ...]:
+            scale = choose_scale_symmetric(x, group_size=group_size, scale_dtype=w.dtype)
+            return pack_int4(quantize_symmetric(x, scale, group_size=group_size)), scale
+
+        data = by_row_slabs(quantize, w, TILE_N)
+        check_finite(w, data[1])
+        return data
 
     def _dequantize(self) -> Tensor:
         return torch.ops.mbq_ao.int4_dequantize(
