@@ -63,6 +63,7 @@ def one_rank(
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{meeting_place}/store", rank=rank, world_size=size)
+    dist.barrier()  # one that is done and gone would be missed by one that is still connecting
     result = task(rank, **options)
     partial = meeting_place / f"partial_{rank}"
     partial.write_bytes(pickle.dumps(result))
