@@ -17,6 +17,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig, show_weight
 from mbq_ao.int3_tensor import MBQInt3Tensor
 from mbq_ao.packed_weight import PackedWeight
+from mbq_ao.quant_primitives import by_row_slabs
 from mbq_ao.vision_tower import rounded_weights, vision_linears
 from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
@@ -101,8 +102,14 @@ class W3A16Quantizer:
     group_size: int | None
 
     def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
-        rounded = MBQInt3Tensor.fake_quantize(_scaled(weight, s), self.group_size)
-        return rounded if s is None else rounded / s.to(weight.dtype)
+        if s is None:
+            return MBQInt3Tensor.fake_quantize(weight, self.group_size)
+
+        def rounded(x: Tensor) -> tuple[Tensor]:
+            return (MBQInt3Tensor.fake_quantize(_scaled(x, s, dtype), self.group_size) / s.to(dtype),)
+
+        dtype = weight.dtype
+        return by_row_slabs(rounded, weight)[0]
 
     def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
         return MBQInt3Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
@@ -128,8 +135,8 @@ class W4A8Quantizer:
         return MBQW4A8Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
 
 
-def _scaled(weight: Tensor, s: Tensor | None) -> Tensor:
-    return weight if s is None else (weight.float() * s).to(weight.dtype)
+def _scaled(weight: Tensor, s: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    return weight if s is None else (weight.float() * s).to(dtype or weight.dtype)
 
 
 def _inverse(weight: Tensor, s: Tensor | None) -> Tensor | None:
@@ -253,6 +260,7 @@ def quantize_(
     from mbq_ao.calibration.mbq import calibrate
     from mbq_ao.calibration.ranks import joined_ranks
     from mbq_ao.calibration.work_dir import open_work_dir
+    from mbq_ao.pretrained import attach
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
@@ -282,6 +290,7 @@ def quantize_(
         name: getattr(config, name)
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")
     } | {"vision": None if config.vision is None else type(config.vision).__name__}
+    attach(model, report)
     return report
 
 

@@ -51,7 +51,7 @@ from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality
 from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
 from mbq_ao.calibration.shared_store import SharedStore, agree
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
-from mbq_ao.calibration.work_dir import State, Store, describe_run, tensor_text
+from mbq_ao.calibration.work_dir import State, Store, describe_data, describe_run, tensor_text
 
 
 @dataclass
@@ -165,6 +165,7 @@ def calibrate(
         report.logits_error = check_logits(model, blocks, all_scalings, batches)
 
     _summarise(report, plan, blocks, groups, selected, settings)
+    report.calibration = describe_data(batches)
     report.seconds = time.perf_counter() - begin
     return plan, report
 

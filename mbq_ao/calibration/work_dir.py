@@ -282,11 +282,7 @@ def describe_run(
         **{name: repr(getattr(settings, name)) for name in ("quantizer", "balance", "loss", "propagate_error")},
         **{name: repr(getattr(settings, name)) for name in ("n_grid", "scale_groups")},
     }
-    for index, batch in enumerate(batches):
-        masks = {"labels": batch.labels, "vision_mask": batch.vision, "answer_mask": batch.answer, "valid": batch.valid}
-        for path, leaf in tree_flatten_with_path({**batch.inputs, **masks})[0]:
-            name = f"calibration batch {index}{keystr(path)}"
-            fingerprint[name] = tensor_text(leaf) if isinstance(leaf, Tensor) else _value_text(name, leaf)
+    fingerprint.update(_describe_batches(batches))
     computer = f"{platform.machine()}, {torch.get_num_threads()} threads"
     environment = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({computer})",
@@ -296,6 +292,22 @@ def describe_run(
         "transformers": transformers.__version__,
     }
     return RunDescription(fingerprint, environment)
+
+
+def describe_data(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
+    """What a checkpoint tells of the data that it was calibrated on: how many batches, and one sha256 of all."""
+    text = json.dumps(_describe_batches(batches), sort_keys=True)
+    return {"num_batches": len(batches), "sha256": _sha256(text.encode())}
+
+
+def _describe_batches(batches: Sequence[CalibrationBatch]) -> dict[str, str]:
+    result = {}
+    for index, batch in enumerate(batches):
+        masks = {"labels": batch.labels, "vision_mask": batch.vision, "answer_mask": batch.answer, "valid": batch.valid}
+        for path, leaf in tree_flatten_with_path({**batch.inputs, **masks})[0]:
+            name = f"calibration batch {index}{keystr(path)}"
+            result[name] = tensor_text(leaf) if isinstance(leaf, Tensor) else _value_text(name, leaf)
+    return result
 
 
 def _flat(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
