@@ -1,7 +1,11 @@
-"""torchao configs: how `quantize_` gives a linear layer one of our weights without calibration.
+r"""torchao configs: how `quantize_` gives a linear layer one of our weights without calibration.
 
     from torchao.quantization import quantize_
     quantize_(model, Int3WeightOnlyConfig(group_size=128))      # every nn.Linear; choose others with filter_fn
+
+The experts of a mixture are 3-D parameters, which torchao's FqnToConfig names:
+
+    quantize_(model, FqnToConfig({r"re:.*\.experts\.(gate_up|down)_proj": Int3WeightOnlyConfig()}), filter_fn=None)
 
 Rounding to the nearest point of the grid is what calibration (mbq_ao.mbq_config) is measured against.
 """
@@ -11,7 +15,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
@@ -65,7 +69,9 @@ def quantize_module_w4a8(
 def _quantize_parameter(
     module: nn.Module, kind: type[PackedWeight], group_size: int | None, parameter_name: str
 ) -> nn.Module:
-    value = getattr(module, parameter_name)
+    value = getattr(module, parameter_name, None)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"this {type(module).__name__} has no {parameter_name} to quantize; exclude the module")
     if parameter_name != "weight" and value.dim() != 3:
         return module
     if isinstance(value, PackedWeight):

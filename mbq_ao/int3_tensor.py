@@ -92,13 +92,13 @@ class MBQInt3Tensor(PackedWeight):
 
     @classmethod
     def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
-        def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        def quantize(x: Tensor) -> tuple[Tensor, ...]:
             scale, zero_point = choose_qparams_affine(x, group_size=group_size, scale_dtype=w.dtype)
             return pack_int3(quantize_affine(x, scale, zero_point, group_size=group_size)), scale, zero_point
 
-        qdata, scale, zero_point = by_row_slabs(quantize, w, TILE_N)
-        check_finite(w, scale)
-        return qdata, scale, zero_point
+        data = by_row_slabs(quantize, w, TILE_N)
+        check_finite(w, data[1])
+        return data
 
     @staticmethod
     def fake_quantize(w: Tensor, group_size: int | None = 128) -> Tensor:

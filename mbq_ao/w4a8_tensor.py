@@ -78,13 +78,13 @@ class MBQW4A8Tensor(PackedWeight):
 
     @classmethod
     def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
-        def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+        def quantize(x: Tensor) -> tuple[Tensor, ...]:
             scale = choose_scale_symmetric(x, group_size=group_size, scale_dtype=w.dtype)
             return pack_int4(quantize_symmetric(x, scale, group_size=group_size)), scale
 
-        qdata, scale = by_row_slabs(quantize, w, TILE_N)
-        check_finite(w, scale)
-        return qdata, scale
+        data = by_row_slabs(quantize, w, TILE_N)
+        check_finite(w, data[1])
+        return data
 
     def _dequantize(self) -> Tensor:
         return torch.ops.mbq_ao.int4_dequantize(
