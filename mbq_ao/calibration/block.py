@@ -10,13 +10,17 @@ from torch import Tensor, nn
 
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
+from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import GroupReport
 from mbq_ao.calibration.scale_search import Example, grid_scales, search_scale, smooth_scales, token_weights
 from mbq_ao.calibration.settings import CalibrationSettings, Masks
 
 
 class BlockCalibrator:
-    """Searches the groups of one block on the streams at its input. The block is not changed."""
+    """Searches the groups of one block on the streams at its input. The block is not changed.
+
+    streams: of the batches that this rank runs. masks: of all batches.
+    """
 
     def __init__(
         self,
@@ -28,10 +32,11 @@ class BlockCalibrator:
         settings: CalibrationSettings,
         ratios: Mapping[str, float | None],
         linears: dict[str, nn.Linear],
+        ranks: Ranks = ALONE,
     ) -> None:
         self.name, self.block, self.index, self.streams = name, block, index, streams
         self.masks, self.settings, self.ratios, self.linears = masks, settings, ratios, linears
-        self.scalings: list[Scaling] = []
+        self.ranks, self.scalings = ranks, list[Scaling]()
 
     def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
         """Find one scale a group. All groups are searched on original weights, in order."""
@@ -64,7 +69,7 @@ class BlockCalibrator:
         )
         examples = [
             Example(seen.call, target.output, weight)
-            for seen, target, weight in zip(calls, clean, weights, strict=True)
+            for seen, target, weight in zip(calls, clean, self.ranks.mine(weights), strict=True)
         ]
         prefix = f"{inspect}." if inspect else ""
         originals = {n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears}
@@ -74,13 +79,16 @@ class BlockCalibrator:
             return {n: self.settings.quantizer.stand_in(w, s) for n, w in candidates.items()}
 
         inputs, alpha = [seen.x for seen in calls], self.settings.recipe.smooth_alpha
+        counted = self.ranks.mine(self.masks.counted)
         if alpha is None:
-            statistic = group.row_map.tie(mean_abs(inputs, self.masks.counted))
+            statistic = group.row_map.tie(mean_abs(inputs, counted, self.ranks))
             scales = grid_scales(statistic, self.settings.n_grid)
         else:
-            scales = smooth_scales(max_abs(inputs, self.masks.counted), list(candidates.values()), alpha)
+            scales = smooth_scales(max_abs(inputs, counted, self.ranks), list(candidates.values()), alpha)
         try:
-            found = search_scale(module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None)
+            found = search_scale(
+                module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None, ranks=self.ranks
+            )
         except ValueError as error:
             raise ValueError(f"{self.name}, group {', '.join(group.linears)}: {error}") from error
         self.scalings.append(Scaling(group, found.s))
@@ -174,16 +182,21 @@ class Seen:
         self.x = args[0]
 
 
-def mean_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
-    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches."""
+def mean_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE) -> Tensor:
+    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
+
+    inputs, counted: of the batches that this rank runs.
+    """
     selected = _counted_tokens(inputs, counted)
-    total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
-    return total / sum(x.shape[0] for x in selected)
+    found = ranks.gather([(x.abs().sum(0, dtype=torch.float32), len(x)) for x in selected])
+    return torch.stack([total for total, _ in found]).sum(0) / sum(number for _, number in found)
 
 
-def max_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
-    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches."""
-    return torch.stack([x.abs().amax(0) for x in _counted_tokens(inputs, counted) if len(x)]).amax(0).float()
+def max_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE) -> Tensor:
+    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches, as `mean_abs`."""
+    selected = _counted_tokens(inputs, counted)
+    found = ranks.gather([x.abs().amax(0) if len(x) else x.new_zeros(x.shape[-1]) for x in selected])
+    return torch.stack(found).amax(0).float()
 
 
 def _counted_tokens(inputs: list[Tensor], counted: list[Tensor]) -> list[Tensor]:
