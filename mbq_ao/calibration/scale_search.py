@@ -69,7 +69,7 @@ def token_weights(
 ) -> list[Tensor]:
     """The weight of every token, one (B, T) fp32 tensor a batch. ratio=None is the unbalanced loss over `counted`."""
     if ratio is None:
-        n = _count(counted)
+        n = max(_count(counted), 1)
         return [mask.float() / (n * num_channels) for mask in counted]
     n_answer, n_vision = _count(answer), _count(vision)
     if loss == "mae":
