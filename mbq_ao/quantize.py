@@ -211,6 +211,7 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     device: torch.types.Device = None,
     *,
+    compute_device: torch.types.Device = None,
     progress: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
 ) -> CalibrationReport | None:
@@ -221,9 +222,11 @@ def quantize_(
     Any other config is handed to torchao's own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
-    device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder
-        layers go there one at a time, so a model larger than the device's memory can be calibrated.
-        None: each layer stays where it is.
+    device: where to compute, and where the quantized model ends up, as with torchao. None: the model stays where it is.
+    compute_device: where to compute, if not where the model ends up. Decoder layers go there one at a time, activations
+        a batch at a time, so that neither the model nor the data need fit: `mbq_ao.calibration.memory.estimate` says
+        what is needed. compute_device="cuda" alone calibrates a model on the GPU and leaves it on the host.
+        None: `device`, or each layer where it is.
     progress: show progress bars.
     work_dir: a folder, made if missing, in which each decoder layer's scales are kept as soon as they are found. If
         this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit as an
@@ -237,10 +240,11 @@ def quantize_(
     Memory beyond the model: see mbq_ao/calibration/mbq.py.
     """
     if not isinstance(config, MBQConfig):
-        if work_dir is not None:
-            raise ValueError(
-                f"work_dir keeps what a calibration found, but {type(config).__name__} calibrates nothing; leave it out"
-            )
+        for name, value in {"work_dir": work_dir, "compute_device": compute_device}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is for calibration, but {type(config).__name__} calibrates nothing; leave it out"
+                )
         torchao_quantize_(model, config, filter_fn, device)
         return None
 
@@ -258,14 +262,14 @@ def quantize_(
             config.calib_data,
             config.settings(),
             filter_fn=passes,
-            device=None if device is None else torch.device(device),
+            device=_device(device if compute_device is None else compute_device),
             progress=progress,
             store=store,
         )
     plan.parameters += [(tower[name], "weight", weight) for name, weight in tower_weights.items()]
     report.vision = list(tower_weights)
     report.not_quantized += [name for name in tower if name not in tower_weights]
-    plan.apply(model, None if device is None else torch.device(device))
+    plan.apply(model, _device(device))
     for module, _, value in plan.parameters:
         if isinstance(value, PackedWeight):
             show_weight(module)
@@ -274,6 +278,10 @@ def quantize_(
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")
     } | {"vision": None if config.vision is None else type(config.vision).__name__}
     return report
+
+
+def _device(device: torch.types.Device) -> torch.device | None:
+    return None if device is None else torch.device(device)
 
 
 @register_quantize_module_handler(MBQConfig)

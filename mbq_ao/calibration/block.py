@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
 from mbq_ao.calibration.report import GroupReport
+from mbq_ao.calibration.residency import HERE, Placement
 from mbq_ao.calibration.scale_search import Example, grid_scales, search_scale, smooth_scales, token_weights
 from mbq_ao.calibration.settings import CalibrationSettings, Masks
 
@@ -28,9 +29,11 @@ class BlockCalibrator:
         settings: CalibrationSettings,
         ratios: Mapping[str, float | None],
         linears: dict[str, nn.Linear],
+        placement: Placement = HERE,
     ) -> None:
         self.name, self.block, self.index, self.streams = name, block, index, streams
         self.masks, self.settings, self.ratios, self.linears = masks, settings, ratios, linears
+        self.placement = placement
         self.scalings: list[Scaling] = []
 
     def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
@@ -49,9 +52,10 @@ class BlockCalibrator:
         inspect = group.inspect or ""
         module = self.block.get_submodule(inspect)
         ratio = self.ratios[inspect]
-        clean = self._capture(group, {}, distorted=False)
-        calls = clean
+        calls = self._capture(group, {}, distorted=False)
+        targets = [seen.output for seen in calls]
         if self.settings.propagate_error:
+            del calls  # before the next ones are recorded
             # The first group sees the unquantized block on the distorted stream, the others the block quantized so far.
             calls = self._capture(group, self.served_parameters() if self.scalings else {}, distorted=True)
         weights = token_weights(
@@ -60,11 +64,10 @@ class BlockCalibrator:
             self.masks.vision,
             ratio=ratio,
             loss=self.settings.loss,
-            num_channels=clean[0].output.shape[-1],
+            num_channels=targets[0].shape[-1],
         )
         examples = [
-            Example(seen.call, target.output, weight)
-            for seen, target, weight in zip(calls, clean, weights, strict=True)
+            Example(seen.call, target, weight) for seen, target, weight in zip(calls, targets, weights, strict=True)
         ]
         prefix = f"{inspect}." if inspect else ""
         originals = {n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears}
@@ -75,12 +78,23 @@ class BlockCalibrator:
 
         inputs, alpha = [seen.x for seen in calls], self.settings.recipe.smooth_alpha
         if alpha is None:
-            statistic = group.row_map.tie(mean_abs(inputs, self.masks.counted))
+            statistic = group.row_map.tie(mean_abs(inputs, self.masks.counted, self.placement))
             scales = grid_scales(statistic, self.settings.n_grid)
         else:
-            scales = smooth_scales(max_abs(inputs, self.masks.counted), list(candidates.values()), alpha)
+            scales = smooth_scales(
+                max_abs(inputs, self.masks.counted, self.placement), list(candidates.values()), alpha
+            )
         try:
-            found = search_scale(module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None)
+            found = search_scale(
+                module,
+                examples,
+                scales,
+                candidate,
+                loss=self.settings.loss,
+                choose=alpha is None,
+                placement=self.placement,
+                at_once=self._scales_at_once(list(candidates.values())),
+            )
         except ValueError as error:
             raise ValueError(f"{self.name}, group {', '.join(group.linears)}: {error}") from error
         self.scalings.append(Scaling(group, found.s))
@@ -95,6 +109,12 @@ class BlockCalibrator:
             loss=found.losses[found.index],
             sensitivity=ratio,
         )
+
+    def _scales_at_once(self, weights: list[Tensor]) -> int:
+        """How many scales are tried on one example: while examples come from the host, as many as two blocks hold."""
+        if self.placement.device is None:
+            return 1
+        return max(1, 2 * sum(p.nbytes for p in self.block.parameters()) // sum(w.nbytes for w in weights))
 
     def _is_selected(self, module: nn.Module) -> bool:
         return any(module is linear for linear in self.linears.values())
@@ -115,7 +135,7 @@ class BlockCalibrator:
             )
             with hooked(handles):
                 self._call(stream, distorted).run(self.block, parameters)
-            seen.append(recorder)
+            seen.append(recorder.kept(self.placement))
         return seen
 
     def _call(self, stream: BlockStream, distorted: bool) -> ModuleCall:
@@ -156,8 +176,9 @@ class BlockCalibrator:
         for stream in self.streams:
             if self.settings.propagate_error:
                 distorted = self._call(stream, distorted=True).run(self.block, served)
-                stream.distorted = stream.between(self.index + 1, distorted)
-            stream.hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
+                stream.distorted = self.placement.keep(stream.between(self.index + 1, distorted))
+            hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
+            stream.hidden = self.placement.keep(hidden)
 
 
 class Seen:
@@ -173,25 +194,31 @@ class Seen:
     def record_input(self, module: nn.Module, args: Any, output: Any) -> None:
         self.x = args[0]
 
+    def kept(self, placement: Placement) -> Seen:
+        self.call = self.call.map_tensors(placement.keep)
+        self.output, self.x = placement.keep((self.output, self.x))
+        return self
 
-def mean_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
+
+def mean_abs(inputs: list[Tensor], counted: list[Tensor], placement: Placement = HERE) -> Tensor:
     """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches."""
-    selected = _counted_tokens(inputs, counted)
-    total = torch.stack([x.abs().sum(0, dtype=torch.float32) for x in selected]).sum(0)
-    return total / sum(x.shape[0] for x in selected)
+    sums, num_tokens = [], 0
+    for x in _counted_tokens(inputs, counted, placement):
+        sums.append(x.abs().sum(0, dtype=torch.float32))
+        num_tokens += x.shape[0]
+    return torch.stack(sums).sum(0) / num_tokens
 
 
-def max_abs(inputs: list[Tensor], counted: list[Tensor]) -> Tensor:
+def max_abs(inputs: list[Tensor], counted: list[Tensor], placement: Placement = HERE) -> Tensor:
     """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches."""
-    return torch.stack([x.abs().amax(0) for x in _counted_tokens(inputs, counted) if len(x)]).amax(0).float()
+    return torch.stack([x.abs().amax(0) for x in _counted_tokens(inputs, counted, placement) if len(x)]).amax(0).float()
 
 
-def _counted_tokens(inputs: list[Tensor], counted: list[Tensor]) -> list[Tensor]:
-    """(tokens, in_features) a batch.
+def _counted_tokens(inputs: list[Tensor], counted: list[Tensor], placement: Placement) -> Iterator[Tensor]:
+    """(tokens, in_features) a batch, where it is computed with.
 
     Of another sequence than the text (the image that cross-attention reads) every token counts.
     """
-    return [
-        x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)
-        for x, mask in zip(inputs, counted, strict=True)
-    ]
+    for x, mask in zip(inputs, counted, strict=True):
+        x, mask = placement.fetch((x, mask))
+        yield x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)

@@ -43,7 +43,7 @@ from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
 from mbq_ao.calibration.report import CalibrationReport, GroupReport
-from mbq_ao.calibration.residency import computing_on, resident_on
+from mbq_ao.calibration.residency import Placement, computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
 from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
@@ -67,6 +67,8 @@ class Plan:
         try:
             for module, name, value in self.parameters:
                 before = module._parameters[name]
+                if before is not None:
+                    value = value.to(before.device)
                 trainable = before is not None and before.requires_grad and not is_traceable_wrapper_subclass(value)
                 module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
             if device is not None:
@@ -101,24 +103,25 @@ def calibrate(
             "mbq_config needs gradients of the activations, which torch.inference_mode() rules out; call quantize_ "
             "outside of it (torch.no_grad() is fine)"
         )
-    check_model(model)
+    check_model(model, device)
     blocks = find_blocks(model, settings.blocks)
     selected = _selected_linears(blocks, filter_fn)
     owners = owners_of_parameters(model)
     check_linears(selected, owners)
-    batches = collect_batches(model, calib_data, device)
+    placement = Placement.of(model, device)
+    batches = collect_batches(model, calib_data, placement.host)
     store = store or Store()
-    store.check(lambda: describe_run(model, batches, settings, selected, progress=progress))
+    store.check(lambda: describe_run(model, batches, settings, selected, device=placement.device, progress=progress))
 
-    with evaluating(model), computing_on(device, model, blocks.values()):
-        streams = capture_streams(model, blocks, batches)
-        groups = find_groups(owners, blocks, streams, settings, selected, device)
+    with evaluating(model), computing_on(placement.device, model, blocks.values()):
+        streams = capture_streams(model, blocks, batches, placement)
+        groups = find_groups(owners, blocks, streams, settings, selected)
         masks = Masks.of(batches, settings.recipe)
         balance = settings.balance and any(b.vision.any() for b in batches)
         raw_ratios: dict[ModuleName, float] = {}
         if balance:
             inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
-            measure = partial(_measure, model, blocks, inspected, batches, masks, progress)
+            measure = partial(_measure, model, blocks, inspected, batches, masks, placement, progress)
             state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
         ratios = floor_at_median(raw_ratios)
@@ -128,22 +131,23 @@ def calibrate(
         bar = tqdm(blocks.items(), desc="scale search", disable=not progress)
         for index, (name, block) in enumerate(bar):
             block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
-            with resident_on(device, block):
-                worker = BlockCalibrator(name, block, index, streams, masks, settings, block_ratios, selected[name])
+            with resident_on(placement.device, block):
+                linears = selected[name]
+                worker = BlockCalibrator(name, block, index, streams, masks, settings, block_ratios, linears, placement)
                 search = partial(_search, worker, groups[name], raw_ratios)
                 state = store.once(f"block_{index:04}", search, follows_from=(name, groups[name], block_ratios))
                 worker.use(groups[name], state.tensors)
-                plan.parameters += worker.plan()
+                plan.parameters += [(module, n, placement.keep(value)) for module, n, value in worker.plan()]
                 if index + 1 < len(blocks):
                     worker.advance()
             reports = [GroupReport(**record) for record in state.record]
             report.num_resumed += state.resumed
             report.groups += reports
-            all_scalings[name] = worker.scalings
+            all_scalings[name] = [Scaling(scaling.group, placement.keep(scaling.s)) for scaling in worker.scalings]
             if reports:
                 loss_rtn, loss = (sum(getattr(r, f) for r in reports) for f in ("loss_rtn", "loss"))
                 bar.set_postfix_str(f"loss {loss_rtn:.3g} -> {loss:.3g}")
-        report.logits_error = check_logits(model, blocks, all_scalings, batches)
+        report.logits_error = check_logits(model, blocks, all_scalings, batches, placement)
 
     _summarise(report, plan, blocks, groups, selected, settings)
     report.seconds = time.perf_counter() - begin
@@ -156,10 +160,13 @@ def _measure(
     inspected: list[ModuleName],
     batches: list[CalibrationBatch],
     masks: Masks,
+    placement: Placement,
     progress: bool,
 ) -> State:
     with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
-        raw = modality_sensitivity(model, blocks, inspected, batches, answer_masks=masks.answer, on_batch=bar.update)
+        raw = modality_sensitivity(
+            model, blocks, inspected, batches, answer_masks=masks.answer, on_batch=bar.update, placement=placement
+        )
     return State([[block, name, r] for (block, name), r in raw.items()])
 
 
@@ -176,7 +183,6 @@ def find_groups(
     streams: list[BlockStream],
     settings: CalibrationSettings,
     selected: Mapping[str, dict[str, nn.Linear]],
-    device: torch.device | None,
 ) -> dict[str, list[ScaleGroup]]:
     """The scale groups of every block; blocks of the same structure are probed once.
 
@@ -193,9 +199,7 @@ def find_groups(
             tuple((n, type(m), getattr(getattr(m, "weight", None), "shape", None)) for n, m in block.named_modules()),
         )
         if signature not in known:
-            call = stream.call(index, stream.between(index, stream.hidden))
-            with resident_on(device, block):
-                prober = BlockProber(block, call)
+            prober = BlockProber(block, stream.call(index, stream.between(index, stream.hidden)))
             given = settings.scale_groups
             known[signature] = prober.find_all() if given is None else [prober.complete(group) for group in given]
         found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in known[signature]]

@@ -58,13 +58,13 @@ def is_linear(module: nn.Module) -> bool:
 
 
 class BlockProber:
-    """Runs experiments on an fp32 copy of a block.
+    """Runs experiments on an fp32 copy of a block, on the device of its call.
 
     call: one call of the block with real hidden states of at least two tokens.
     """
 
     def __init__(self, block: nn.Module, call: ModuleCall) -> None:
-        self.block = copy.deepcopy(block).float().requires_grad_(False).eval()
+        self.block = _fp32_copy(block, call.hidden.device)
         self.call = call.map_tensors(lambda t: t.float() if t.is_floating_point() else t)
         self.trace, self.output = self._trace()
         if not self.trace.linear_groups() and any(map(is_linear, self.block.modules())):
@@ -277,6 +277,18 @@ class BlockProber:
         with hooked([self._module(group.producer).register_forward_hook(perturb)]):
             after = self._input_of(group.linears[0], {})
         return not torch.equal(before[1:], after[1:])
+
+
+def _fp32_copy(block: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on the device, of fp32 parameters that need no gradient; those that are all that already are shared."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    # What the memo holds is not copied, so that no second copy in another dtype, or on another device, is made.
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(copied(p), requires_grad=False) for p in block.parameters()}
+    memo |= {id(b): copied(b).clone() for b in block.buffers()}
+    return copy.deepcopy(block, memo).eval()
 
 
 def _fit_row_map(row: Tensor, alive: Tensor, num_channels: int, num_rows: int) -> RowMap | None:

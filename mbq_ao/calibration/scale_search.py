@@ -20,6 +20,7 @@ the same way with two scales to try, s = 1 and its own, of which the last is tak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,9 +30,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mbq_ao.calibration.capture import ModuleCall
+from mbq_ao.calibration.residency import HERE, Placement
 
 Loss = Literal["mae", "mse"]
-_CHUNK_TOKENS = 8192  # tokens a tokenwise module gets at once: bounds its activations at any calibration size
+CHUNK_TOKENS = 8192  # tokens a tokenwise module gets at once: bounds its activations at any calibration size
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,10 @@ class Example:
     call: ModuleCall
     target: Tensor
     weight: Tensor
+
+    def on(self, placement: Placement) -> Example:
+        """The example where it is computed with."""
+        return Example(self.call.map_tensors(placement.fetch), *placement.fetch((self.target, self.weight)))
 
 
 @dataclass(frozen=True)
@@ -90,25 +96,32 @@ def search_scale(
     *,
     loss: Loss,
     choose: bool = True,
+    placement: Placement = HERE,
+    at_once: int = 1,
 ) -> SearchResult:
     """Try every scale and keep the best, or with choose=False the last. The module is not changed.
 
     module: whose output is compared. scales: (alpha, s of shape (in_features,)) to try, s = 1 first.
     candidate: s -> the module's parameters (name -> value) that stand for the quantized ones.
+    placement: keeps the examples.  at_once: scales that are tried on an example before the next one is fetched; the
+    losses do not depend on it.
     Raises ValueError if the loss is not finite for s = 1.
     """
-    examples = _as_chunks(module, examples)
+    chunks = _as_chunks(module, examples, placement)
     losses: list[float] = []
-    best = 0
-    for index, (_, s) in enumerate(scales):
-        parameters = candidate(s)
-        # One transfer to the host for a scale, not one for an example.
-        total = torch.stack([_weighted_error(e, e.call.run(module, parameters), loss) for e in examples]).sum().item()
-        if index == 0 and not torch.isfinite(torch.tensor(total)):
+    for start in range(0, len(scales), at_once):
+        tried = [candidate(s) for _, s in scales[start : start + at_once]]
+        errors: list[list[Tensor]] = [[] for _ in tried]
+        for example in (chunk.on(placement) for chunk in chunks):
+            for parameters, of_chunks in zip(tried, errors, strict=True):
+                of_chunks.append(_weighted_error(example, example.call.run(module, parameters), loss))
+        # One transfer to the host, not one for a chunk.
+        losses += torch.stack([torch.stack(of_chunks).sum() for of_chunks in errors]).tolist()
+        if start == 0 and not math.isfinite(losses[0]):
             raise ValueError("the search loss is not finite: NaN or inf in the activations or weights")
-        losses.append(total)
-        if total < losses[best] or not choose:
-            best = index
+    # NaN is no loss, and of equal ones the first is taken.
+    best = min(range(len(losses)), key=lambda i: losses[i] if losses[i] == losses[i] else math.inf)
+    best = best if choose else len(losses) - 1
     alpha, s = scales[best]
     return SearchResult(s, alpha, losses, best)
 
@@ -141,12 +154,12 @@ def _weighted_error(example: Example, output: Tensor, loss: Loss) -> Tensor:
     return (error.sum(-1).flatten() * example.weight.flatten()).sum()
 
 
-def _as_chunks(module: nn.Module, examples: list[Example]) -> list[Example]:
+def _as_chunks(module: nn.Module, examples: list[Example], placement: Placement = HERE) -> list[Example]:
     """Drop tokens of weight 0 and join batches, if the module treats every token alone.
 
     Whether it does is tried out on the longest example, not inferred from its class.
     """
-    if not _is_tokenwise(module, max(examples, key=lambda e: e.call.hidden.numel())):
+    if not _is_tokenwise(module, max(examples, key=lambda e: e.call.hidden.numel()).on(placement)):
         return examples
     hidden = torch.cat([e.call.hidden.flatten(0, -2)[_selected(e)] for e in examples])
     target = torch.cat([e.target.flatten(0, -2)[_selected(e)] for e in examples])
@@ -154,7 +167,7 @@ def _as_chunks(module: nn.Module, examples: list[Example]) -> list[Example]:
     call = examples[0].call
     return [
         Example(call.with_hidden(_like(call.hidden, h)), t, w)
-        for h, t, w in zip(*(x.split(_CHUNK_TOKENS) for x in (hidden, target, weight)), strict=True)
+        for h, t, w in zip(*(x.split(CHUNK_TOKENS) for x in (hidden, target, weight)), strict=True)
     ]
 
 

@@ -225,7 +225,7 @@ def test_the_size_of_a_chunk_does_not_matter(chunk: int, statistic: Tensor, monk
     with monkeypatch.context() as patch:
         patch.setattr(scale_search, "_as_chunks", lambda module, examples: examples)
         whole = search_scale(module, examples, grid_scales(statistic, 6), candidate, loss="mae")
-    monkeypatch.setattr(scale_search, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(scale_search, "CHUNK_TOKENS", chunk)
     chunks = scale_search._as_chunks(module, examples)
     assert [c.call.hidden.shape[1] for c in chunks] == [chunk] * (9 // chunk) + [9 % chunk] * (9 % chunk > 0)
     found = search_scale(module, examples, grid_scales(statistic, 6), candidate, loss="mae")
