@@ -12,7 +12,7 @@ so a failure or Ctrl-C at any point leaves the model as it was; with a work_dir 
 (calibration/work_dir.py). The price is that the packed weights lie beside the original ones until the end: 3.25 bits
 a weight for w3a16 at group size 128, 4 for w4a8.
 
-Memory beyond the model (and `device`), at the peak at most:
+Memory beyond the model, at the peak at most, where everything is computed where it lies (device=None):
 
     the packed weights of all blocks
     + 3.5 fp32 copies of one block: it is copied to be probed, and folded or fake-quantized beside that
@@ -21,6 +21,9 @@ Memory beyond the model (and `device`), at the peak at most:
 
 (measured in test/calibration/test_memory.py). The sensitivity pass needs less: one hidden state a block and the
 activations of one block for one batch at a time, no weight gradients; and logits of the answers only.
+
+With another `device` all of that lies on the host, and the device holds one block and the activations of one batch or
+chunk: its peak depends neither on the number of blocks nor on that of samples. calibration/memory.py has the formula.
 """
 
 from __future__ import annotations
@@ -113,23 +116,27 @@ def calibrate(
     store = store or Store()
     store.check(lambda: describe_run(model, batches, settings, selected, device=placement.device, progress=progress))
 
+    plan, report = Plan(), CalibrationReport(settings={})
     with evaluating(model), computing_on(placement.device, model, blocks.values()):
-        streams = capture_streams(model, blocks, batches, placement)
-        groups = find_groups(owners, blocks, streams, settings, selected)
+        with report.timed("capture"):
+            streams = capture_streams(model, blocks, batches, placement)
+        with report.timed("scale groups"):
+            groups = find_groups(owners, blocks, streams, settings, selected)
         masks = Masks.of(batches, settings.recipe)
         balance = settings.balance and any(b.vision.any() for b in batches)
         raw_ratios: dict[ModuleName, float] = {}
         if balance:
             inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
             measure = partial(_measure, model, blocks, inspected, batches, masks, placement, progress)
-            state = store.once("sensitivity", measure, follows_from=inspected)
+            with report.timed("sensitivity"):
+                state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
         ratios = floor_at_median(raw_ratios)
 
-        plan, report = Plan(), CalibrationReport(settings={})
         all_scalings: dict[str, list[Scaling]] = {}
         bar = tqdm(blocks.items(), desc="scale search", disable=not progress)
         for index, (name, block) in enumerate(bar):
+            block_began = time.perf_counter()
             block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
             with resident_on(placement.device, block):
                 linears = selected[name]
@@ -143,11 +150,13 @@ def calibrate(
             reports = [GroupReport(**record) for record in state.record]
             report.num_resumed += state.resumed
             report.groups += reports
+            report.block_seconds[name] = time.perf_counter() - block_began
             all_scalings[name] = [Scaling(scaling.group, placement.keep(scaling.s)) for scaling in worker.scalings]
             if reports:
                 loss_rtn, loss = (sum(getattr(r, f) for r in reports) for f in ("loss_rtn", "loss"))
                 bar.set_postfix_str(f"loss {loss_rtn:.3g} -> {loss:.3g}")
-        report.logits_error = check_logits(model, blocks, all_scalings, batches, placement)
+        with report.timed("logits check"):
+            report.logits_error = check_logits(model, blocks, all_scalings, batches, placement)
 
     _summarise(report, plan, blocks, groups, selected, settings)
     report.seconds = time.perf_counter() - begin

@@ -16,7 +16,7 @@ model and the largest of what comes there one after the other. In bytes, with b 
     embeddings      V C b + K V (b + 12)                             the table or the head, and the answers' logits
     sensitivity     W b + T (8 I + 16 C) b                           a layer, and its activations for the backward pass
     probing         4 (W + g + w) + 4 T (4 I + 6 C)                  an fp32 copy of a layer, its folded weights
-    search          3 W b + (8 + 2 b) w + c ((4 I + 4 C) b + 8 C)    a layer, the scales tried at once, a chunk of tokens
+    search          3 W b + (8 + 2 b) w + c ((4 I + 4 C) b + 8 C)    a layer, scales tried at once, a chunk of tokens
 
 None of them depends on the number of layers L, and none on n beyond c. The host holds
 
@@ -26,7 +26,8 @@ None of them depends on the number of layers L, and none on n beyond c. The host
     group           2 n T (I + C) b: input and target of the group that is searched, and both joined for the search
     checkpoints     L T C b
 
-besides the calibration data. Attention is taken to need no T x T matrix (sdpa, flash attention). The constants are
+besides the calibration data. Attention is taken to be fused (sdpa, flash attention); without, h heads add up to
+h T T (3 b + 8) in the sensitivity pass. The constants are
 upper bounds, held against measurements by test/calibration/test_device_memory.py and benchmarks/calibration_memory.py.
 """
 
@@ -40,9 +41,9 @@ import torch
 import transformers
 from torch import nn
 
+from mbq_ao.calibration import scale_search
 from mbq_ao.calibration.capture import find_blocks
 from mbq_ao.calibration.residency import large_parts
-from mbq_ao.calibration.scale_search import CHUNK_TOKENS
 
 _BITS = {"w3a16": 3.25, "w4a8": 4.0}  # of a packed weight, scales and zero points of groups of 128 included
 _GB = 1e9
@@ -73,8 +74,8 @@ class MemoryEstimate:
             return ", ".join(f"{name} {nbytes / _GB:.1f}" for name, nbytes in parts.items())
 
         return (
-            f"device: {self.device_peak / _GB:.1f} GB, that is {self.resident / _GB:.1f} all the time and the largest of "
-            f"{show(self.phases)}\nhost: {self.host_peak / _GB:.1f} GB, that is {show(self.host)}\n"
+            f"device: {self.device_peak / _GB:.1f} GB, that is {self.resident / _GB:.1f} all the time and the largest "
+            f"of {show(self.phases)}\nhost: {self.host_peak / _GB:.1f} GB, that is {show(self.host)}\n"
             f"to the device in capture and sensitivity: {self.whole_model_transfers / _GB:.0f} GB"
         )
 
@@ -117,7 +118,7 @@ def estimate(
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     vocabulary = head.out_features if isinstance(head, nn.Linear) else 0
     inside = {id(p) for part in parts for p in part.parameters()}
-    chunk = min(CHUNK_TOKENS, n_samples * tokens)
+    chunk = min(scale_search.CHUNK_TOKENS, n_samples * tokens)
     total = _num_parameters(model)
     of_all_layers = sum(map(_num_parameters, layers))
     return MemoryEstimate(

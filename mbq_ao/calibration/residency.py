@@ -121,6 +121,18 @@ def large_parts(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module
     return parts
 
 
+def forget_residency(layer: nn.Module) -> None:
+    """Let a copy of a layer made inside `computing_on`, and there to stay, run its own forward.
+
+    What `computing_on` put there refers back to the copy, which would then outlive its last user until the garbage
+    collector comes by.
+    """
+    forward = layer.__dict__.get("forward")
+    if isinstance(forward, partial) and forward.func is _forward_on:
+        own = forward.args[2]
+        _set_forward(layer, None if getattr(own, "__self__", None) is layer else own)
+
+
 def _forward_on(device: torch.device, layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     with resident_on(device, layer):
         return forward(*args, **kwargs)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, folded_parameters
+from mbq_ao.calibration.residency import forget_residency
 
 _LEVELS = 64  # probe factors per digit: far enough apart to be told from rounding
 _TOLERANCE = 1e-3  # of the unfolded change; right folds are at 1e-6, wrong ones above 0.1
@@ -288,7 +289,9 @@ def _fp32_copy(block: nn.Module, device: torch.device) -> nn.Module:
     # What the memo holds is not copied, so that no second copy in another dtype, or on another device, is made.
     memo: dict[int, Tensor] = {id(p): nn.Parameter(copied(p), requires_grad=False) for p in block.parameters()}
     memo |= {id(b): copied(b).clone() for b in block.buffers()}
-    return copy.deepcopy(block, memo).eval()
+    result = copy.deepcopy(block, memo).eval()
+    forget_residency(result)
+    return result
 
 
 def _fit_row_map(row: Tensor, alive: Tensor, num_channels: int, num_rows: int) -> RowMap | None:

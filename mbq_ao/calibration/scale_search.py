@@ -14,6 +14,9 @@ weighted sum, so there is one loss function. In the balanced losses prompt text 
 The grid: s = mean|x|^(k / n_grid), normalised by sqrt(max s * min s), k = 0 .. n_grid - 1. k = 0 is
 s = 1, plain rounding; an equal loss does not replace an earlier one, so s = 1 stays where nothing is better.
 
+Every scale is tried on all tokens. To leave a scale once its sum exceeds the best one's would choose the same, but on
+the demo model it would spare 5% of the forwards (W4A8: 9%), or 12% (21%) in chunks of 128 tokens, less what those cost.
+
 SmoothQuant (Xiao et al., arXiv 2211.10438) does not search: s = max|x|^alpha / max|W|^(1 - alpha), by channel. It goes
 the same way with two scales to try, s = 1 and its own, of which the last is taken.
 """
