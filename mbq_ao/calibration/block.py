@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
+from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import GroupReport
 from mbq_ao.calibration.residency import HERE, Placement
 from mbq_ao.calibration.scale_search import Example, grid_scales, search_scale, smooth_scales, token_weights
@@ -17,7 +18,10 @@ from mbq_ao.calibration.settings import CalibrationSettings, Masks
 
 
 class BlockCalibrator:
-    """Searches the groups of one block on the streams at its input. The block is not changed."""
+    """Searches the groups of one block on the streams at its input. The block is not changed.
+
+    streams: of the batches that this rank runs. masks: of all batches.
+    """
 
     def __init__(
         self,
@@ -29,12 +33,12 @@ class BlockCalibrator:
         settings: CalibrationSettings,
         ratios: Mapping[str, float | None],
         linears: dict[str, nn.Linear],
+        ranks: Ranks = ALONE,
         placement: Placement = HERE,
     ) -> None:
         self.name, self.block, self.index, self.streams = name, block, index, streams
         self.masks, self.settings, self.ratios, self.linears = masks, settings, ratios, linears
-        self.placement = placement
-        self.scalings: list[Scaling] = []
+        self.ranks, self.placement, self.scalings = ranks, placement, list[Scaling]()
 
     def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
         """Find one scale a group. All groups are searched on original weights, in order."""
@@ -67,7 +71,8 @@ class BlockCalibrator:
             num_channels=targets[0].shape[-1],
         )
         examples = [
-            Example(seen.call, target, weight) for seen, target, weight in zip(calls, targets, weights, strict=True)
+            Example(seen.call, target, weight)
+            for seen, target, weight in zip(calls, targets, self.ranks.mine(weights), strict=True)
         ]
         prefix = f"{inspect}." if inspect else ""
         originals = {n.removeprefix(prefix) if n != inspect else "": self.block.get_submodule(n) for n in group.linears}
@@ -77,13 +82,13 @@ class BlockCalibrator:
             return {n: self.settings.quantizer.stand_in(w, s) for n, w in candidates.items()}
 
         inputs, alpha = [seen.x for seen in calls], self.settings.recipe.smooth_alpha
+        counted = self.ranks.mine(self.masks.counted)
         if alpha is None:
-            statistic = group.row_map.tie(mean_abs(inputs, self.masks.counted, self.placement))
+            statistic = group.row_map.tie(mean_abs(inputs, counted, self.ranks, self.placement))
             scales = grid_scales(statistic, self.settings.n_grid)
         else:
-            scales = smooth_scales(
-                max_abs(inputs, self.masks.counted, self.placement), list(candidates.values()), alpha
-            )
+            peak = max_abs(inputs, counted, self.ranks, self.placement)
+            scales = smooth_scales(peak, list(candidates.values()), alpha)
         try:
             found = search_scale(
                 module,
@@ -92,6 +97,7 @@ class BlockCalibrator:
                 candidate,
                 loss=self.settings.loss,
                 choose=alpha is None,
+                ranks=self.ranks,
                 placement=self.placement,
                 at_once=self._scales_at_once(list(candidates.values())),
             )
@@ -200,18 +206,21 @@ class Seen:
         return self
 
 
-def mean_abs(inputs: list[Tensor], counted: list[Tensor], placement: Placement = HERE) -> Tensor:
-    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches."""
-    sums, num_tokens = [], 0
-    for x in _counted_tokens(inputs, counted, placement):
-        sums.append(x.abs().sum(0, dtype=torch.float32))
-        num_tokens += x.shape[0]
-    return torch.stack(sums).sum(0) / num_tokens
+def mean_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE, placement: Placement = HERE) -> Tensor:
+    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
+
+    inputs, counted: of the batches that this rank runs.
+    """
+    selected = _counted_tokens(inputs, counted, placement)
+    found = ranks.gather([(x.abs().sum(0, dtype=torch.float32), len(x)) for x in selected])
+    return torch.stack([total for total, _ in found]).sum(0) / sum(number for _, number in found)
 
 
-def max_abs(inputs: list[Tensor], counted: list[Tensor], placement: Placement = HERE) -> Tensor:
-    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches."""
-    return torch.stack([x.abs().amax(0) for x in _counted_tokens(inputs, counted, placement) if len(x)]).amax(0).float()
+def max_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE, placement: Placement = HERE) -> Tensor:
+    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches, as `mean_abs`."""
+    selected = _counted_tokens(inputs, counted, placement)
+    found = ranks.gather([x.abs().amax(0) if len(x) else x.new_zeros(x.shape[-1]) for x in selected])
+    return torch.stack(found).amax(0).float()
 
 
 def _counted_tokens(inputs: list[Tensor], counted: list[Tensor], placement: Placement) -> Iterator[Tensor]:

@@ -9,8 +9,9 @@ Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", 
 
 `calibrate` never changes the model. It returns a Plan, whose `apply` sets all new parameters or none,
 so a failure or Ctrl-C at any point leaves the model as it was; with a work_dir the next call goes on from there
-(calibration/work_dir.py). The price is that the packed weights lie beside the original ones until the end: 3.25 bits
-a weight for w3a16 at group size 128, 4 for w4a8.
+(calibration/work_dir.py). Several processes may share the batches (calibration/ranks.py).
+The price is that the packed weights lie beside the original ones until the end: 3.25 bits a weight for w3a16 at group
+size 128, 4 for w4a8.
 
 Memory beyond the model, at the peak at most, where everything is computed where it lies (device=None):
 
@@ -45,13 +46,15 @@ from mbq_ao.calibration.block import BlockCalibrator
 from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
+from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import CalibrationReport, GroupReport
 from mbq_ao.calibration.residency import Placement, computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
 from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
+from mbq_ao.calibration.shared_store import SharedStore, agree
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
-from mbq_ao.calibration.work_dir import State, Store, describe_run
+from mbq_ao.calibration.work_dir import State, Store, describe_data, describe_run, tensor_text
 
 
 @dataclass
@@ -60,11 +63,18 @@ class Plan:
 
     parameters: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
 
-    def apply(self, model: nn.Module, device: torch.device | None = None) -> None:
-        """Set every parameter and move the model to `device` (None: leave it where it is), or do nothing.
+    def apply(self, model: nn.Module, device: torch.device | None = None, ranks: Ranks = ALONE) -> None:
+        """Set every parameter and move the model to `device` (None: leave it where it is), on all ranks, or do nothing.
 
         An exception in between (out of memory, Ctrl-C) puts the old parameters back, where they were.
+        Raises ValueError if other ranks have other parameters.
         """
+        names = {module: name for name, module in model.named_modules()}
+        agree(
+            ranks,
+            lambda: {f"{names[module]}.{name}": tensor_text(value) for module, name, value in self.parameters},
+            "their devices or options differ (`vision`?); nothing was set",
+        )
         homes = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
         tables = [(table, dict(table)) for m in model.modules() for table in (m._parameters, m._buffers)]
         try:
@@ -76,6 +86,7 @@ class Plan:
                 module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
             if device is not None:
                 model.to(device)
+            ranks.each(None)  # raises unless all have come this far
         except BaseException:
             for table, entries in tables:
                 table.update(entries)
@@ -94,11 +105,13 @@ def calibrate(
     device: torch.device | None = None,
     progress: bool = True,
     store: Store | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Plan, CalibrationReport]:
     """Find the scales and quantize every selected linear of the decoder, without changing the model.
 
     device: where to compute; the decoder layers are copied there one at a time. None: where they are.
     store: remembers finished steps, see `open_work_dir`; None: nothing does.
+    ranks: who shares the work; rank 0 shows the progress and uses the store.
     """
     begin = time.perf_counter()
     if torch.is_inference_mode_enabled():
@@ -113,21 +126,27 @@ def calibrate(
     check_linears(selected, owners)
     placement = Placement.of(model, device)
     batches = collect_batches(model, calib_data, placement.host)
+    ranks.split([batch.num_tokens for batch in batches])
+    own, progress = ranks.mine(batches), progress and ranks.is_first
     store = store or Store()
+    store = store if ranks.size == 1 else SharedStore(ranks, store)
     store.check(lambda: describe_run(model, batches, settings, selected, device=placement.device, progress=progress))
 
     plan, report = Plan(), CalibrationReport(settings={})
     with evaluating(model), computing_on(placement.device, model, blocks.values()):
         with report.timed("capture"):
-            streams = capture_streams(model, blocks, batches, placement)
+            streams = capture_streams(model, blocks, own, placement)
         with report.timed("scale groups"):
-            groups = find_groups(owners, blocks, streams, settings, selected)
+            find = partial(find_groups, owners, blocks, streams, settings, selected)
+            groups = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
         masks = Masks.of(batches, settings.recipe)
         balance = settings.balance and any(b.vision.any() for b in batches)
         raw_ratios: dict[ModuleName, float] = {}
         if balance:
             inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
-            measure = partial(_measure, model, blocks, inspected, batches, masks, placement, progress)
+            measure = partial(
+                _measure, model, blocks, inspected, own, ranks.mine(masks.answer), ranks, placement, progress
+            )
             with report.timed("sensitivity"):
                 state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
@@ -139,8 +158,9 @@ def calibrate(
             block_began = time.perf_counter()
             block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
             with resident_on(placement.device, block):
-                linears = selected[name]
-                worker = BlockCalibrator(name, block, index, streams, masks, settings, block_ratios, linears, placement)
+                worker = BlockCalibrator(
+                    name, block, index, streams, masks, settings, block_ratios, selected[name], ranks, placement
+                )
                 search = partial(_search, worker, groups[name], raw_ratios)
                 state = store.once(f"block_{index:04}", search, follows_from=(name, groups[name], block_ratios))
                 worker.use(groups[name], state.tensors)
@@ -159,6 +179,7 @@ def calibrate(
             report.logits_error = check_logits(model, blocks, all_scalings, batches, placement)
 
     _summarise(report, plan, blocks, groups, selected, settings)
+    report.calibration = describe_data(batches)
     report.seconds = time.perf_counter() - begin
     return plan, report
 
@@ -168,13 +189,21 @@ def _measure(
     blocks: Mapping[str, nn.Module],
     inspected: list[ModuleName],
     batches: list[CalibrationBatch],
-    masks: Masks,
+    answer_masks: list[Tensor],
+    ranks: Ranks,
     placement: Placement,
     progress: bool,
 ) -> State:
     with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
         raw = modality_sensitivity(
-            model, blocks, inspected, batches, answer_masks=masks.answer, on_batch=bar.update, placement=placement
+            model,
+            blocks,
+            inspected,
+            batches,
+            answer_masks=answer_masks,
+            on_batch=bar.update,
+            ranks=ranks,
+            placement=placement,
         )
     return State([[block, name, r] for (block, name), r in raw.items()])
 
@@ -199,7 +228,7 @@ def find_groups(
     if a group of `settings.scale_groups` asks for it.
     """
     _check_disjoint(settings.scale_groups or ())
-    stream = min(streams, key=lambda s: s.hidden.numel() if s.hidden.shape[-2] > 1 else float("inf"))
+    stream = min(streams, key=_probing_cost)
     known: dict[tuple[Any, ...], list[ScaleGroup]] = {}
     result = {}
     for index, (name, block) in enumerate(blocks.items()):
@@ -218,6 +247,10 @@ def find_groups(
             if _is_scaled(group, block, settings.recipe) and any(n in selected[name] for n in group.linears)
         ]
     return result
+
+
+def _probing_cost(stream: BlockStream) -> float:
+    return stream.hidden.numel() if stream.hidden.shape[-2] > 1 else float("inf")
 
 
 def _check_disjoint(groups: Sequence[ScaleGroup]) -> None:

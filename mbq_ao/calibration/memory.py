@@ -11,24 +11,25 @@ model and the largest of what comes there one after the other. In bytes, with b 
     w   its largest weight                             I   its widest activation, the intermediate size
     g   its largest set of linears that read one x     V   vocabulary size
     T   tokens of the largest calibration batch        K   answer tokens of one batch
-    n   batches                                        c   tokens searched at a time, at most 8192 and n T
+    n   batches                                        c   tokens searched at a time, at most 8192 and T
 
     embeddings      V C b + K V (b + 12)                             the table or the head, and the answers' logits
     sensitivity     W b + T (8 I + 16 C) b                           a layer, and its activations for the backward pass
     probing         4 (W + g + w) + 4 T (4 I + 6 C)                  an fp32 copy of a layer, its folded weights
-    search          3 W b + (8 + 2 b) w + c ((4 I + 4 C) b + 8 C)    a layer, scales tried at once, a chunk of tokens
+    search          3 W b + (8 + 2 b) w + T (I + C) b                a layer, scales tried at once, a batch of the
+                                        + c ((4 I + 4 C) b + 8 C)    group's input and target, a chunk of tokens
 
-None of them depends on the number of layers L, and none on n beyond c. The host holds
+None of them depends on n, or on the number of layers L. The host holds
 
     model           all parameters
     packed          L W bits / 8: what the model becomes
     streams         n T C b, twice with propagate_error
-    group           2 n T (I + C) b: input and target of the group that is searched, and both joined for the search
+    group           2 n T (I + C) b: input and target of the group that is searched, and of its counted tokens
     checkpoints     L T C b
 
 besides the calibration data. Attention is taken to be fused (sdpa, flash attention); without, h heads add up to
-h T T (3 b + 8) in the sensitivity pass. The constants are
-upper bounds, held against measurements by test/calibration/test_device_memory.py and benchmarks/calibration_memory.py.
+h T T (3 b + 8) in the sensitivity pass. The constants are upper bounds, held against measurements by
+test/calibration/test_device_memory.py and benchmarks/calibration_memory.py.
 """
 
 from __future__ import annotations
@@ -118,7 +119,7 @@ def estimate(
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     vocabulary = head.out_features if isinstance(head, nn.Linear) else 0
     inside = {id(p) for part in parts for p in part.parameters()}
-    chunk = min(scale_search.CHUNK_TOKENS, n_samples * tokens)
+    chunk = min(scale_search.CHUNK_TOKENS, tokens)
     total = _num_parameters(model)
     of_all_layers = sum(map(_num_parameters, layers))
     return MemoryEstimate(
@@ -127,7 +128,10 @@ def estimate(
             "embeddings": b * max(others, default=0) + answer_tokens * vocabulary * (b + 12),
             "sensitivity": b * layer + tokens * (8 * i + 16 * c) * b,
             "probing": 4 * (layer + group + weight) + 4 * tokens * (4 * i + 6 * c),
-            "search": 3 * b * layer + (8 + 2 * b) * weight + chunk * ((4 * i + 4 * c) * b + 8 * c),
+            "search": 3 * b * layer
+            + (8 + 2 * b) * weight
+            + tokens * (i + c) * b
+            + chunk * ((4 * i + 4 * c) * b + 8 * c),
         },
         host={
             "model": b * total,

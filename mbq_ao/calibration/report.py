@@ -49,6 +49,7 @@ class CalibrationReport:
     vision: linears of the vision tower that were rounded without calibration.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     num_linears, nbytes_before, nbytes_after: the calibrated linears, and bytes of their weights.
+    calibration: number of calibration batches and their sha256.
     seconds: of this call. stage_seconds: of its stages before and after the decoder layers. block_seconds: of every
         decoder layer, its search, quantization, and the step to the next one.
     num_resumed: decoder layers whose scales an earlier call had left in work_dir.
@@ -63,6 +64,7 @@ class CalibrationReport:
     num_linears: int = 0
     nbytes_before: int = 0
     nbytes_after: int = 0
+    calibration: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     stage_seconds: dict[str, float] = field(default_factory=dict)
     block_seconds: dict[str, float] = field(default_factory=dict)

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mbq_ao.calibration.capture import ModuleCall
+from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.residency import HERE, Placement
 
 Loss = Literal["mae", "mse"]
@@ -99,6 +100,7 @@ def search_scale(
     *,
     loss: Loss,
     choose: bool = True,
+    ranks: Ranks = ALONE,
     placement: Placement = HERE,
     at_once: int = 1,
 ) -> SearchResult:
@@ -110,21 +112,22 @@ def search_scale(
     losses do not depend on it.
     Raises ValueError if the loss is not finite for s = 1.
     """
-    chunks = _as_chunks(module, examples, placement)
-    losses: list[float] = []
+    chunks = _as_chunks(module, examples, ranks, placement)
+    tried: list[Tensor] = []  # a scale: the loss of each batch
     for start in range(0, len(scales), at_once):
-        tried = [candidate(s) for _, s in scales[start : start + at_once]]
-        errors: list[list[Tensor]] = [[] for _ in tried]
-        for example in (chunk.on(placement) for chunk in chunks):
-            for parameters, of_chunks in zip(tried, errors, strict=True):
-                of_chunks.append(_weighted_error(example, example.call.run(module, parameters), loss))
-        # One transfer to the host, not one for a chunk.
-        losses += torch.stack([torch.stack(of_chunks).sum() for of_chunks in errors]).tolist()
-        if start == 0 and not math.isfinite(losses[0]):
-            raise ValueError("the search loss is not finite: NaN or inf in the activations or weights")
-    # NaN is no loss, and of equal ones the first is taken.
-    best = min(range(len(losses)), key=lambda i: losses[i] if losses[i] == losses[i] else math.inf)
-    best = best if choose else len(losses) - 1
+        candidates = [candidate(s) for _, s in scales[start : start + at_once]]
+        found: list[list[Tensor]] = [[] for _ in candidates]
+        for of_batch in chunks:
+            here = [chunk.on(placement) for chunk in of_batch]
+            for parameters, losses_of_batches in zip(candidates, found, strict=True):
+                losses_of_batches.append(_loss_of(here, module, parameters, loss))
+        tried += map(torch.stack, found)
+    # One transfer to the host. Batch by batch: that sum does not depend on the number of ranks.
+    by_batch = ranks.gather(torch.stack(tried, 1).tolist())
+    losses = [math.fsum(of_batches) for of_batches in zip(*by_batch, strict=True)]
+    if not math.isfinite(losses[0]):
+        raise ValueError("the search loss is not finite: NaN or inf in the activations or weights")
+    best = min(range(len(losses)), key=losses.__getitem__) if choose else len(losses) - 1
     alpha, s = scales[best]
     return SearchResult(s, alpha, losses, best)
 
@@ -151,31 +154,41 @@ def scale_at(statistic: Tensor, alpha: float) -> Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
+def _loss_of(examples: list[Example], module: nn.Module, parameters: dict[str, Tensor], loss: Loss) -> Tensor:
+    errors = [_weighted_error(e, e.call.run(module, parameters), loss) for e in examples]
+    return torch.stack(errors).sum()
+
+
 def _weighted_error(example: Example, output: Tensor, loss: Loss) -> Tensor:
     error = (example.target - output).float()
     error = error.abs() if loss == "mae" else error.square()
     return (error.sum(-1).flatten() * example.weight.flatten()).sum()
 
 
-def _as_chunks(module: nn.Module, examples: list[Example], placement: Placement = HERE) -> list[Example]:
-    """Drop tokens of weight 0 and join batches, if the module treats every token alone.
+def _as_chunks(
+    module: nn.Module, examples: list[Example], ranks: Ranks = ALONE, placement: Placement = HERE
+) -> list[list[Example]]:
+    """What to run for each batch: if the module treats every token alone, no tokens of weight 0 and not all at once.
 
-    Whether it does is tried out on the longest example, not inferred from its class.
+    Whether it does is tried out on the longest example, not inferred from its class. Joining short batches was
+    rejected: a matmul of more rows rounds differently, and who has which batches is not to be seen in the result.
     """
-    if not _is_tokenwise(module, max(examples, key=lambda e: e.call.hidden.numel()).on(placement)):
-        return examples
-    hidden = torch.cat([e.call.hidden.flatten(0, -2)[_selected(e)] for e in examples])
-    target = torch.cat([e.target.flatten(0, -2)[_selected(e)] for e in examples])
-    weight = torch.cat([e.weight.flatten()[_selected(e)] for e in examples])
-    call = examples[0].call
+    longest = max(examples, key=lambda e: e.call.hidden.numel())
+    sizes = [-e.call.hidden.numel() for e in examples]
+    if not ranks.on_one(lambda: _is_tokenwise(module, longest.on(placement)), keys=sizes):
+        return [[e] for e in examples]
+    return [_chunks(e) for e in examples]
+
+
+def _chunks(example: Example) -> list[Example]:
+    selected = example.weight.flatten() != 0
+    # One empty chunk stays if none is selected: zero is its loss.
+    hidden, target = (x.flatten(0, -2)[selected].split(CHUNK_TOKENS) for x in (example.call.hidden, example.target))
+    weight = example.weight.flatten()[selected].split(CHUNK_TOKENS)
+    call = example.call
     return [
-        Example(call.with_hidden(_like(call.hidden, h)), t, w)
-        for h, t, w in zip(*(x.split(CHUNK_TOKENS) for x in (hidden, target, weight)), strict=True)
+        Example(call.with_hidden(_like(call.hidden, h)), t, w) for h, t, w in zip(hidden, target, weight, strict=True)
     ]
-
-
-def _selected(example: Example) -> Tensor:
-    return example.weight.flatten() != 0
 
 
 def _like(hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -9,13 +9,20 @@ from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def check_model(model: nn.Module, device: torch.device | None = None) -> None:
-    """Raise ValueError for weights on the meta device, a model without parameters, and two that place its layers.
+    """Raise ValueError for weights on the meta device, a model without parameters, or one wrapped for training.
 
-    device: where calibration is to bring them; accelerate (`device_map`) would bring them elsewhere.
+    device: where calibration is to bring its layers; one that accelerate places (`device_map`) is refused then.
     """
+    for module in model.modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise ValueError(
+                f"the model is wrapped in {type(module).__name__}: call quantize_ with the model itself, and wrap it "
+                "after"
+            )
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
     hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
@@ -26,6 +33,11 @@ def check_model(model: nn.Module, device: torch.device | None = None) -> None:
                 + ("" if hooked is None else ", as accelerate offloaded it (device_map)")
                 + ': load the whole model into the host\'s memory, from_pretrained(..., device_map="cpu"), and call '
                 'quantize_(..., compute_device="cuda"), which brings one layer at a time to the GPU'
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"{name} is a DTensor, of which this rank has a part: call quantize_ with the whole model, before "
+                "fully_shard or parallelize_module"
             )
     if hooked is not None and device is not None:
         raise ValueError(
