@@ -177,7 +177,8 @@ def mbq_config(
     recipe: "best" is the corrected calibration. "paper" computes what the published code computes, number
         for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
         scaled only where v_proj has its shape, and what no producer can take is not scaled.
-        To reproduce the paper on several samples, pass them as one padded batch, as its code does.
+        To reproduce the paper on several samples, pass them as one padded batch, as its code does. It knows no
+        mixtures of experts: they have the groups that "best" finds, but for those that no producer can take.
         "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
         same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
         balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.
@@ -190,8 +191,9 @@ def mbq_config(
         Int8DynamicActivationInt8WeightConfig() or our Int8DynamicActivationInt4WeightMBQConfig(). None: the tower
         stays as it is, as in the paper's main tables.
     filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` of the vision tower,
-        to quantize; None: all of them.
-    scale_groups: use these groups (names relative to a block) instead of looking for them.
+        to quantize; None: all of them. Experts in a 3-D parameter are quantized all or none: it gets the parameter's
+        name and the first expert, as a linear. Routers are never quantized.
+    scale_groups: use these groups (names relative to a block) instead of looking for them. They cannot name experts.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
 
     Raises ValueError for a value outside these choices.

@@ -1,6 +1,6 @@
 """MBQ, modality-balanced quantization: the main job, top to bottom. Start reading at `calibrate`.
 
-    find the blocks -> run the model once, record how each block is called
+    find the blocks -> show experts as linears -> run the model once, record how each block is called
     -> find the scale groups -> measure how sensitive the loss is to each modality
     -> for each block and group: search the scale, plan the fold, quantize
     -> check that folding alone leaves the logits unchanged -> put the plan into the model
@@ -19,6 +19,8 @@ Memory beyond the model, at the peak at most, where everything is computed where
     + 3.5 fp32 copies of one block: it is copied to be probed, and folded or fake-quantized beside that
     + 4.5 times the hidden states of all calibration tokens, 10 times with error propagation: the stream, and the
       inputs, targets and outputs of one group at a time
+    + in a mixture of experts 3.5 times the inputs of one parameter's experts: tokens, times experts a token, times its
+      in_features
 
 (measured in test/calibration/test_memory.py). The sensitivity pass needs less: one hidden state a block and the
 activations of one block for one batch at a time, no weight gradients; and logits of the answers only.
@@ -44,10 +46,11 @@ from tqdm.auto import tqdm
 from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
 from mbq_ao.calibration.block import BlockCalibrator
 from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
+from mbq_ao.calibration.experts import ExpertParameter, experts_as_linears, routers_of
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
 from mbq_ao.calibration.ranks import ALONE, Ranks
-from mbq_ao.calibration.report import CalibrationReport, GroupReport
+from mbq_ao.calibration.report import CalibrationReport, ExpertsReport, GroupReport
 from mbq_ao.calibration.residency import Placement, computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
@@ -121,19 +124,39 @@ def calibrate(
         )
     check_model(model, device)
     blocks = find_blocks(model, settings.blocks)
-    selected = _selected_linears(blocks, filter_fn)
-    owners = owners_of_parameters(model)
-    check_linears(selected, owners)
     placement = Placement.of(model, device)
     batches = collect_batches(model, calib_data, placement.host)
+    with evaluating(model), experts_as_linears(model, blocks, batches, placement.device) as experts:
+        plan, report = _calibrate(
+            model, blocks, experts, batches, settings, filter_fn, placement, progress, store or Store(), ranks
+        )
+    report.seconds = time.perf_counter() - begin
+    return plan, report
+
+
+def _calibrate(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    experts: Mapping[str, list[ExpertParameter]],
+    batches: list[CalibrationBatch],
+    settings: CalibrationSettings,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    placement: Placement,
+    progress: bool,
+    store: Store,
+    ranks: Ranks,
+) -> tuple[Plan, CalibrationReport]:
+    routers = {name: routers_of(block, experts[name]) for name, block in blocks.items()}
+    selected = _selected_linears(blocks, experts, routers, filter_fn)
+    owners = owners_of_parameters(model)
+    check_linears(selected, owners)
     ranks.split([batch.num_tokens for batch in batches])
     own, progress = ranks.mine(batches), progress and ranks.is_first
-    store = store or Store()
     store = store if ranks.size == 1 else SharedStore(ranks, store)
     store.check(lambda: describe_run(model, batches, settings, selected, device=placement.device, progress=progress))
 
     plan, report = Plan(), CalibrationReport(settings={})
-    with evaluating(model), computing_on(placement.device, model, blocks.values()):
+    with computing_on(placement.device, model, blocks.values()):
         with report.timed("capture"):
             streams = capture_streams(model, blocks, own, placement)
         with report.timed("scale groups"):
@@ -143,7 +166,7 @@ def calibrate(
         balance = settings.balance and any(b.vision.any() for b in batches)
         raw_ratios: dict[ModuleName, float] = {}
         if balance:
-            inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
+            inspected = list(dict.fromkeys((name, g.measured_at) for name, gs in groups.items() for g in gs))
             measure = partial(
                 _measure, model, blocks, inspected, own, ranks.mine(masks.answer), ranks, placement, progress
             )
@@ -156,10 +179,20 @@ def calibrate(
         bar = tqdm(blocks.items(), desc="scale search", disable=not progress)
         for index, (name, block) in enumerate(bar):
             block_began = time.perf_counter()
-            block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
+            block_ratios = {g.measured_at: ratios.get((name, g.measured_at)) for g in groups[name]}
             with resident_on(placement.device, block):
                 worker = BlockCalibrator(
-                    name, block, index, streams, masks, settings, block_ratios, selected[name], ranks, placement
+                    name,
+                    block,
+                    index,
+                    streams,
+                    masks,
+                    settings,
+                    block_ratios,
+                    selected[name],
+                    experts[name],
+                    ranks,
+                    placement,
                 )
                 search = partial(_search, worker, groups[name], raw_ratios)
                 state = store.once(f"block_{index:04}", search, follows_from=(name, groups[name], block_ratios))
@@ -167,7 +200,8 @@ def calibrate(
                 plan.parameters += [(module, n, placement.keep(value)) for module, n, value in worker.plan()]
                 if index + 1 < len(blocks):
                     worker.advance()
-            reports = [GroupReport(**record) for record in state.record]
+            reports = [GroupReport(**record) for record in state.record["groups"]]
+            report.experts += [ExpertsReport(**record) for record in state.record["experts"]]
             report.num_resumed += state.resumed
             report.groups += reports
             report.block_seconds[name] = time.perf_counter() - block_began
@@ -178,9 +212,8 @@ def calibrate(
         with report.timed("logits check"):
             report.logits_error = check_logits(model, blocks, all_scalings, batches, placement)
 
-    _summarise(report, plan, blocks, groups, selected, settings)
+    _summarise(report, plan, blocks, experts, routers, groups, selected)
     report.calibration = describe_data(batches)
-    report.seconds = time.perf_counter() - begin
     return plan, report
 
 
@@ -211,8 +244,9 @@ def _measure(
 def _search(worker: BlockCalibrator, groups: list[ScaleGroup], raw_ratios: Mapping[ModuleName, float]) -> State:
     reports = worker.search(groups)
     for group, report in zip(groups, reports, strict=True):
-        report.sensitivity_raw = raw_ratios.get((worker.name, group.inspect or ""))
-    return State([asdict(report) for report in reports], [scaling.s for scaling in worker.scalings])
+        report.sensitivity_raw = raw_ratios.get((worker.name, group.measured_at))
+    record = {"groups": [asdict(r) for r in reports], "experts": [asdict(r) for r in worker.experts_reports()]}
+    return State(record, [scaling.s for scaling in worker.scalings])
 
 
 def find_groups(
@@ -303,47 +337,59 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _selected_linears(
-    blocks: Mapping[str, nn.Module], filter_fn: Callable[[nn.Module, str], bool] | None
+    blocks: Mapping[str, nn.Module],
+    experts: Mapping[str, list[ExpertParameter]],
+    routers: Mapping[str, list[str]],
+    filter_fn: Callable[[nn.Module, str], bool] | None,
 ) -> dict[str, dict[str, nn.Linear]]:
-    """Block name -> {name in the block: linear to be quantized}."""
-    selected = {
-        block_name: {
-            name: module
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear) and (filter_fn is None or filter_fn(module, f"{block_name}.{name}"))
-        }
-        for block_name, block in blocks.items()
-    }
-    if not any(selected.values()):
-        names = [
-            f"{b}.{n}" for b, block in blocks.items() for n, m in block.named_modules() if isinstance(m, nn.Linear)
-        ]
+    """Block name -> {name in the block: linear to be quantized}.
+
+    Of experts in one parameter all or none: filter_fn gets the first of them, and the parameter's name.
+    """
+    passing: dict[str, dict[str, nn.Linear]] = {name: {} for name in blocks}
+    names = []
+    for block_name, block in blocks.items():
+        parameter_of = {n: e.name for e in experts[block_name] for n in e.linear_names()}
+        passes: dict[str, bool] = {}
+        for name, module in block.named_modules():
+            if isinstance(module, nn.Linear) and name not in routers[block_name]:
+                shown = parameter_of.get(name, name)
+                if shown not in passes:
+                    names.append(f"{block_name}.{shown}")
+                    passes[shown] = filter_fn is None or filter_fn(module, names[-1])
+                if passes[shown]:
+                    passing[block_name][name] = module
+    if not any(passing.values()):
         raise ValueError(
             f"nothing to quantize: none of the {len(names)} nn.Linear in the {len(blocks)} decoder layers passes "
             f"filter_fn; it is given names like {names[0]!r}"
             if names
             else f"nothing to quantize: the {len(blocks)} decoder layers have no nn.Linear; pass blocks=[...]"
         )
-    return selected
+    return passing
 
 
 def _summarise(
     report: CalibrationReport,
     plan: Plan,
     blocks: Mapping[str, nn.Module],
+    experts: Mapping[str, list[ExpertParameter]],
+    routers: Mapping[str, list[str]],
     groups: Mapping[str, list[ScaleGroup]],
     selected: Mapping[str, dict[str, nn.Linear]],
-    settings: CalibrationSettings,
 ) -> None:
+    report.nbytes_after = sum(v.quantized_nbytes() for _, _, v in plan.parameters if hasattr(v, "quantized_nbytes"))
     for block_name, block in blocks.items():
+        parameter_of = {n: e.name for e in experts[block_name] for n in e.linear_names()}
+        weights = {name.removesuffix(".weight"): p for name, p in block.named_parameters() if p.ndim >= 2}
         scaled = {name for group in groups[block_name] for name in group.linears}
-        report.not_scaled += [f"{block_name}.{n}" for n in selected[block_name] if n not in scaled]
-        report.not_quantized += [
-            f"{block_name}.{n}"
-            for n, p in block.named_parameters()
-            if p.ndim >= 2 and n.removesuffix(".weight") not in selected[block_name]
-        ]
-    quantized = [(m, v) for m, name, v in plan.parameters if name == "weight" and hasattr(v, "quantized_nbytes")]
-    report.num_linears = len(quantized)
-    report.nbytes_before = sum(m.weight.numel() * m.weight.element_size() for m, _ in quantized)
-    report.nbytes_after = sum(v.quantized_nbytes() for _, v in quantized)
+        left = {
+            "not_scaled": [n for n in selected[block_name] if n not in scaled],
+            "not_quantized": [n for n in weights if n not in selected[block_name] and n not in routers[block_name]],
+            "routers": routers[block_name],
+        }
+        for field_name, names in left.items():
+            shown = dict.fromkeys(parameter_of.get(n, n) for n in names)
+            getattr(report, field_name).extend(f"{block_name}.{n}" for n in shown)
+        report.num_linears += len(selected[block_name])
+        report.nbytes_before += sum(m.weight.numel() * m.weight.element_size() for m in selected[block_name].values())

@@ -104,15 +104,17 @@ def estimate(
     b = max(p.element_size() for layer in layers for p in layer.parameters())
     c = _hidden_size(model, layers[0])
     linears = [m for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)]
-    i = max(max(m.in_features, m.out_features) for m in linears)
+    experts = [p for layer in layers for p in layer.parameters() if p.ndim == 3]  # (E, N, K), a group by themselves
+    i = max([max(m.weight.shape) for m in linears] + [max(p.shape[1:]) for p in experts])
     layer = max(map(_num_parameters, layers))
-    weight = max(m.weight.numel() for m in linears)
-    group = max(
+    weight = max([m.weight.numel() for m in linears] + [p[0].numel() for p in experts])
+    group_of_linears = max(
         sum(m.weight.numel() for m in parent.children() if isinstance(m, nn.Linear) and m.in_features == k)
         for layer_ in layers
         for parent in layer_.modules()
         for k in {m.in_features for m in parent.children() if isinstance(m, nn.Linear)}
     )
+    group = max([group_of_linears] + [p.numel() for p in experts])
     parts = large_parts(model, layers)
     of_layers = set(layers)
     others = [_num_parameters(part) for part in parts if part not in of_layers]

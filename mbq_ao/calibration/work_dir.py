@@ -44,7 +44,7 @@ from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.report import some
 from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
-_FORMAT = 1  # to be raised when a step comes to compute something else from the same fingerprint
+_FORMAT = 2  # to be raised when a step comes to compute something else from the same fingerprint
 _LOCK = "mbq_ao.lock"
 _MOST = 10  # lines about what differs
 _HASH = " sha256:"
@@ -281,7 +281,7 @@ def describe_run(
         **{f"quantized linear {block}.{name}": "" for block, linears in selected.items() for name in linears},
         "recipe": repr(next((name for name, r in RECIPES.items() if r == settings.recipe), settings.recipe)),
         **{name: repr(getattr(settings, name)) for name in ("quantizer", "balance", "loss", "propagate_error")},
-        **{name: repr(getattr(settings, name)) for name in ("n_grid", "scale_groups")},
+        **{name: repr(getattr(settings, name)) for name in ("n_grid", "scale_groups", "route_weighted")},
     }
     fingerprint.update(_describe_batches(batches))
     computer = f"{platform.machine()}, {torch.get_num_threads()} threads"

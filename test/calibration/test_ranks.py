@@ -29,7 +29,7 @@ from mbq_ao import mbq_config, quantize_
 from mbq_ao.calibration import block, mbq, ranks
 from mbq_ao.calibration.ranks import ALONE, SeveralRanks, joined_ranks
 
-TIMEOUT = 120  # seconds, a hundred times what the slowest takes
+TIMEOUT = 300  # seconds; on an idle machine the slowest takes ten
 KILLED = f"exit code {-signal.SIGKILL}"
 
 
@@ -63,6 +63,7 @@ def one_rank(
     tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
     torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{meeting_place}/store", rank=rank, world_size=size)
+    dist.barrier()  # one that is done and gone would be missed by one that is still connecting
     result = task(rank, **options)
     partial = meeting_place / f"partial_{rank}"
     partial.write_bytes(pickle.dumps(result))
@@ -91,7 +92,7 @@ def calibrated(
     data = calib_data(family, number)
     if dtype != torch.float32:
         data = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in data]
-    config = mbq_config(data, **{"group_size": 32, "n_grid": 4, **options})
+    config = mbq_config(data, **{"group_size": 32, "n_grid": 3, **options})
     report = quantize_(model, config, device=device, progress=False, work_dir=work_dir, distributed=distributed)
     assert report is not None
     return parts_of(model), report
@@ -151,6 +152,7 @@ CASES = {
         {"recipe": "smoothquant", "precision": "w4a8", "n_grid": 20},
         {"balance": False},
         {"family": "mllama"},  # the image is another sequence than the text
+        {"family": "qwen3_vl_moe", "propagate_error": True},
         {"vision": Int8WeightOnlyConfig(), "device": "cpu"},
         {"dtype": torch.bfloat16},
         {"number": 1},
@@ -158,6 +160,7 @@ CASES = {
     3: [
         {"precision": "w4a8"},
         {"family": "qwen2_vl", "precision": "w4a8", "propagate_error": True},
+        {"family": "llama4", "precision": "w4a8"},
         {"number": 2},  # one rank has no batch of its own
     ],
 }
@@ -344,7 +347,7 @@ def killed_at(rank: int, folder: Path, call: int, **options: Any) -> Result:
     return calibrated(work_dir=folder, **options)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 3), (3, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (3, 1), (1, 2)])
 def test_killed_and_resumed_by_another_number_of_ranks(before: int, after: int, tmp_path: Path) -> None:
     folder, options = tmp_path / "work", {"propagate_error": True}
     # Its third file, the first block's, is in place, and the second block's is not.
