@@ -220,6 +220,7 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     device: torch.types.Device = None,
     *,
+    compute_device: torch.types.Device = None,
     progress: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
     distributed: bool = True,
@@ -231,9 +232,11 @@ def quantize_(
     Any other config is handed to torchao's own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
-    device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder
-        layers go there one at a time, so a model larger than the device's memory can be calibrated.
-        None: each layer stays where it is.
+    device: where to compute, and where the quantized model ends up, as with torchao. None: the model stays where it is.
+    compute_device: where to compute, if not where the model ends up. Decoder layers go there one at a time, activations
+        a batch at a time, so that neither the model nor the data need fit: `mbq_ao.calibration.memory.estimate` says
+        what is needed. compute_device="cuda" alone calibrates a model on the GPU and leaves it on the host.
+        None: `device`, or each layer where it is.
     progress: show progress bars.
     work_dir: a folder, made if missing, in which each decoder layer's scales are kept as soon as they are found. If
         this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit as an
@@ -252,10 +255,11 @@ def quantize_(
     Memory beyond the model: see mbq_ao/calibration/mbq.py.
     """
     if not isinstance(config, MBQConfig):
-        if work_dir is not None:
-            raise ValueError(
-                f"work_dir keeps what a calibration found, but {type(config).__name__} calibrates nothing; leave it out"
-            )
+        for name, value in {"work_dir": work_dir, "compute_device": compute_device}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is for calibration, but {type(config).__name__} calibrates nothing; leave it out"
+                )
         torchao_quantize_(model, config, filter_fn, device)
         return None
 
@@ -266,7 +270,7 @@ def quantize_(
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
-    to = None if device is None else torch.device(device)
+    to, compute_on = (None if d is None else torch.device(d) for d in (device, compute_device))
     with joined_ranks(distributed) as ranks, open_work_dir(work_dir if ranks.is_first else None) as store:
         # Before the work, as it may raise; calibration does not touch the tower.
         tower = {} if config.vision is None else vision_linears(model, passes)
@@ -276,7 +280,7 @@ def quantize_(
             config.calib_data,
             config.settings(),
             filter_fn=passes,
-            device=to,
+            device=compute_on or to,
             progress=progress,
             store=store,
             ranks=ranks,

@@ -103,8 +103,12 @@ class Scaling:
     s: Tensor
 
 
-def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str, Tensor]:
+def folded_parameters(
+    block: nn.Module, scalings: Iterable[Scaling], *, vectors_only: bool = False
+) -> dict[str, Tensor]:
     """The block's parameters after folding, as new tensors: name -> value, only what changes.
+
+    vectors_only: leave out the matrices.
 
     Scalings are applied in order, as one parameter may change twice (v_proj: columns, then rows).
     Groups without a producer change nothing here: their linears get W diag(s) and `act_pre_scale`
@@ -114,6 +118,8 @@ def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str
 
     def apply(name: str, fn: object) -> None:
         value = changed[name] if name in changed else block.get_parameter(name).detach()
+        if vectors_only and value.ndim > 1:
+            return
         changed[name] = fn(value.to(_compute_dtype(value))).to(value.dtype)  # type: ignore[operator]
 
     for scaling in scalings:

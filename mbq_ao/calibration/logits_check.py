@@ -7,7 +7,7 @@ here: a value that a fold changes and that the model reads somewhere else as wel
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.capture import forward
 from mbq_ao.calibration.experts import ExpertLinear
 from mbq_ao.calibration.fold import Scaling, folded_parameters
+from mbq_ao.calibration.residency import HERE, Placement, resident_on
 
 _NUM_POSITIONS = 64  # compared at the end of the batch; logits of every position of a long one would be gigabytes
 
@@ -28,17 +29,18 @@ def check_logits(
     blocks: Mapping[str, nn.Module],
     scalings: Mapping[str, list[Scaling]],
     batches: list[CalibrationBatch],
+    placement: Placement = HERE,
 ) -> float:
     """Relative change of the last 64 logits of the smallest batch when every block is folded but not quantized.
 
     Raises RuntimeError if folding changes what the model computes, or if a folded linear is called from outside
     its block. The model is left as it was.
     """
-    batch = min(batches, key=lambda b: b.num_tokens)
+    batch = min(batches, key=lambda b: b.num_tokens).on(placement)
     before = _last_logits(model, batch)
 
     def change(scalings: Mapping[str, list[Scaling]]) -> float:
-        with _folded(blocks, scalings):
+        with _folded(blocks, scalings, placement):
             after = _last_logits(model, batch)
         return ((after - before).norm() / before.norm().clamp(min=1e-30)).item()
 
@@ -64,7 +66,9 @@ def _last_logits(model: nn.Module, batch: CalibrationBatch) -> Tensor:
 
 
 @contextmanager
-def _folded(blocks: Mapping[str, nn.Module], scalings: Mapping[str, list[Scaling]]) -> Iterator[None]:
+def _folded(
+    blocks: Mapping[str, nn.Module], scalings: Mapping[str, list[Scaling]], placement: Placement
+) -> Iterator[None]:
     """Inside, the model computes with the folded parameters of all blocks.
 
     Vectors (norms, biases) are folded all the time. Matrices are folded only while their block runs, because
@@ -72,6 +76,7 @@ def _folded(blocks: Mapping[str, nn.Module], scalings: Mapping[str, list[Scaling
     """
     running: set[str] = set()
     originals: dict[nn.Parameter, Tensor] = {}
+    resident = ExitStack()
 
     def replace(block: nn.Module, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -81,6 +86,7 @@ def _folded(blocks: Mapping[str, nn.Module], scalings: Mapping[str, list[Scaling
 
     def enter(block_name: str, block: nn.Module, args: Any) -> None:
         running.add(block_name)
+        resident.enter_context(resident_on(placement.device, block))  # folding is work for the device, too
         replace(block, {n: v for n, v in folded_parameters(block, scalings[block_name]).items() if v.ndim > 1})
 
     def leave(block_name: str, block: nn.Module, args: Any, output: Any) -> None:
@@ -89,6 +95,7 @@ def _folded(blocks: Mapping[str, nn.Module], scalings: Mapping[str, list[Scaling
             if parameter.ndim > 1 and parameter in originals:
                 parameter.data = originals[parameter]
                 del originals[parameter]  # not before it is back: an interrupt must find it here
+        resident.close()
 
     def refuse_elsewhere(block_name: str, name: str, module: nn.Module, args: Any) -> None:
         if block_name not in running:
@@ -100,16 +107,24 @@ def _folded(blocks: Mapping[str, nn.Module], scalings: Mapping[str, list[Scaling
     handles = []
     try:
         for block_name, block in blocks.items():
-            values = folded_parameters(block, scalings[block_name])
-            for name in (n.rpartition(".")[0] for n, v in values.items() if v.ndim > 1):
+            for name in {name for scaling in scalings[block_name] for name in _matrices(block, scaling)}:
                 guard = partial(refuse_elsewhere, block_name, name)
                 handles.append(block.get_submodule(name).register_forward_pre_hook(guard))
             handles.append(block.register_forward_pre_hook(partial(enter, block_name)))
             handles.append(block.register_forward_hook(partial(leave, block_name)))
-            replace(block, {n: v for n, v in values.items() if v.ndim == 1})
+            replace(block, folded_parameters(block, scalings[block_name], vectors_only=True))
         yield
     finally:
+        resident.close()
         for parameter, data in originals.items():
             parameter.data = data
         for handle in handles:
             handle.remove()
+
+
+def _matrices(block: nn.Module, scaling: Scaling) -> Iterator[str]:
+    """The linears whose weights this scaling folds."""
+    if (producer := scaling.group.producer) is not None:
+        yield from scaling.group.linears
+        if block.get_submodule(producer).weight.ndim > 1:
+            yield producer

@@ -13,7 +13,7 @@ so a failure or Ctrl-C at any point leaves the model as it was; with a work_dir 
 The price is that the packed weights lie beside the original ones until the end: 3.25 bits a weight for w3a16 at group
 size 128, 4 for w4a8.
 
-Memory beyond the model (and `device`), at the peak at most:
+Memory beyond the model, at the peak at most, where everything is computed where it lies (device=None):
 
     the packed weights of all blocks
     + 3.5 fp32 copies of one block: it is copied to be probed, and folded or fake-quantized beside that
@@ -24,6 +24,9 @@ Memory beyond the model (and `device`), at the peak at most:
 
 (measured in test/calibration/test_memory.py). The sensitivity pass needs less: one hidden state a block and the
 activations of one block for one batch at a time, no weight gradients; and logits of the answers only.
+
+With another `device` all of that lies on the host, and the device holds one block and the activations of one batch or
+chunk: its peak depends neither on the number of blocks nor on that of samples. calibration/memory.py has the formula.
 """
 
 from __future__ import annotations
@@ -48,7 +51,7 @@ from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
 from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import CalibrationReport, ExpertsReport, GroupReport
-from mbq_ao.calibration.residency import computing_on, resident_on
+from mbq_ao.calibration.residency import Placement, computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
 from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
@@ -80,6 +83,8 @@ class Plan:
         try:
             for module, name, value in self.parameters:
                 before = module._parameters[name]
+                if before is not None:
+                    value = value.to(before.device)
                 trainable = before is not None and before.requires_grad and not is_traceable_wrapper_subclass(value)
                 module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
             if device is not None:
@@ -117,12 +122,13 @@ def calibrate(
             "mbq_config needs gradients of the activations, which torch.inference_mode() rules out; call quantize_ "
             "outside of it (torch.no_grad() is fine)"
         )
-    check_model(model)
+    check_model(model, device)
     blocks = find_blocks(model, settings.blocks)
-    batches = collect_batches(model, calib_data, device)
-    with evaluating(model), experts_as_linears(model, blocks, batches, device) as experts:
+    placement = Placement.of(model, device)
+    batches = collect_batches(model, calib_data, placement.host)
+    with evaluating(model), experts_as_linears(model, blocks, batches, placement.device) as experts:
         plan, report = _calibrate(
-            model, blocks, experts, batches, settings, filter_fn, device, progress, store or Store(), ranks
+            model, blocks, experts, batches, settings, filter_fn, placement, progress, store or Store(), ranks
         )
     report.seconds = time.perf_counter() - begin
     return plan, report
@@ -135,7 +141,7 @@ def _calibrate(
     batches: list[CalibrationBatch],
     settings: CalibrationSettings,
     filter_fn: Callable[[nn.Module, str], bool] | None,
-    device: torch.device | None,
+    placement: Placement,
     progress: bool,
     store: Store,
     ranks: Ranks,
@@ -147,46 +153,64 @@ def _calibrate(
     ranks.split([batch.num_tokens for batch in batches])
     own, progress = ranks.mine(batches), progress and ranks.is_first
     store = store if ranks.size == 1 else SharedStore(ranks, store)
-    store.check(lambda: describe_run(model, batches, settings, selected, progress=progress))
+    store.check(lambda: describe_run(model, batches, settings, selected, device=placement.device, progress=progress))
 
-    with computing_on(device, model, blocks.values()):
-        streams = capture_streams(model, blocks, own)
-        find = partial(find_groups, owners, blocks, streams, settings, selected, device)
-        groups = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
+    plan, report = Plan(), CalibrationReport(settings={})
+    with computing_on(placement.device, model, blocks.values()):
+        with report.timed("capture"):
+            streams = capture_streams(model, blocks, own, placement)
+        with report.timed("scale groups"):
+            find = partial(find_groups, owners, blocks, streams, settings, selected)
+            groups = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
         masks = Masks.of(batches, settings.recipe)
         balance = settings.balance and any(b.vision.any() for b in batches)
         raw_ratios: dict[ModuleName, float] = {}
         if balance:
             inspected = list(dict.fromkeys((name, g.measured_at) for name, gs in groups.items() for g in gs))
-            measure = partial(_measure, model, blocks, inspected, own, ranks.mine(masks.answer), ranks, progress)
-            state = store.once("sensitivity", measure, follows_from=inspected)
+            measure = partial(
+                _measure, model, blocks, inspected, own, ranks.mine(masks.answer), ranks, placement, progress
+            )
+            with report.timed("sensitivity"):
+                state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
         ratios = floor_at_median(raw_ratios)
 
-        plan, report = Plan(), CalibrationReport(settings={})
         all_scalings: dict[str, list[Scaling]] = {}
         bar = tqdm(blocks.items(), desc="scale search", disable=not progress)
         for index, (name, block) in enumerate(bar):
+            block_began = time.perf_counter()
             block_ratios = {g.measured_at: ratios.get((name, g.measured_at)) for g in groups[name]}
-            with resident_on(device, block):
+            with resident_on(placement.device, block):
                 worker = BlockCalibrator(
-                    name, block, index, streams, masks, settings, block_ratios, selected[name], experts[name], ranks
+                    name,
+                    block,
+                    index,
+                    streams,
+                    masks,
+                    settings,
+                    block_ratios,
+                    selected[name],
+                    experts[name],
+                    ranks,
+                    placement,
                 )
                 search = partial(_search, worker, groups[name], raw_ratios)
                 state = store.once(f"block_{index:04}", search, follows_from=(name, groups[name], block_ratios))
                 worker.use(groups[name], state.tensors)
-                plan.parameters += worker.plan()
+                plan.parameters += [(module, n, placement.keep(value)) for module, n, value in worker.plan()]
                 if index + 1 < len(blocks):
                     worker.advance()
             reports = [GroupReport(**record) for record in state.record["groups"]]
             report.experts += [ExpertsReport(**record) for record in state.record["experts"]]
             report.num_resumed += state.resumed
             report.groups += reports
-            all_scalings[name] = worker.scalings
+            report.block_seconds[name] = time.perf_counter() - block_began
+            all_scalings[name] = [Scaling(scaling.group, placement.keep(scaling.s)) for scaling in worker.scalings]
             if reports:
                 loss_rtn, loss = (sum(getattr(r, f) for r in reports) for f in ("loss_rtn", "loss"))
                 bar.set_postfix_str(f"loss {loss_rtn:.3g} -> {loss:.3g}")
-        report.logits_error = check_logits(model, blocks, all_scalings, batches)
+        with report.timed("logits check"):
+            report.logits_error = check_logits(model, blocks, all_scalings, batches, placement)
 
     _summarise(report, plan, blocks, experts, routers, groups, selected)
     report.calibration = describe_data(batches)
@@ -200,11 +224,19 @@ def _measure(
     batches: list[CalibrationBatch],
     answer_masks: list[Tensor],
     ranks: Ranks,
+    placement: Placement,
     progress: bool,
 ) -> State:
     with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
         raw = modality_sensitivity(
-            model, blocks, inspected, batches, answer_masks=answer_masks, on_batch=bar.update, ranks=ranks
+            model,
+            blocks,
+            inspected,
+            batches,
+            answer_masks=answer_masks,
+            on_batch=bar.update,
+            ranks=ranks,
+            placement=placement,
         )
     return State([[block, name, r] for (block, name), r in raw.items()])
 
@@ -223,7 +255,6 @@ def find_groups(
     streams: list[BlockStream],
     settings: CalibrationSettings,
     selected: Mapping[str, dict[str, nn.Linear]],
-    device: torch.device | None,
 ) -> dict[str, list[ScaleGroup]]:
     """The scale groups of every block; blocks of the same structure are probed once.
 
@@ -240,9 +271,7 @@ def find_groups(
             tuple((n, type(m), getattr(getattr(m, "weight", None), "shape", None)) for n, m in block.named_modules()),
         )
         if signature not in known:
-            call = stream.call(index, stream.between(index, stream.hidden))
-            with resident_on(device, block):
-                prober = BlockProber(block, call)
+            prober = BlockProber(block, stream.call(index, stream.between(index, stream.hidden)))
             given = settings.scale_groups
             known[signature] = prober.find_all() if given is None else [prober.complete(group) for group in given]
         found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in known[signature]]

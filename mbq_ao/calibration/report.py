@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -80,7 +83,9 @@ class CalibrationReport:
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     num_linears, nbytes_before, nbytes_after: the calibrated linears (each expert is one), and bytes of their weights.
     calibration: number of calibration batches and their sha256.
-    seconds: of this call. num_resumed: decoder layers whose scales an earlier call had left in work_dir.
+    seconds: of this call. stage_seconds: of its stages before and after the decoder layers. block_seconds: of every
+        decoder layer, its search, quantization, and the step to the next one.
+    num_resumed: decoder layers whose scales an earlier call had left in work_dir.
     """
 
     settings: dict[str, Any]
@@ -96,10 +101,23 @@ class CalibrationReport:
     nbytes_after: int = 0
     calibration: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    block_seconds: dict[str, float] = field(default_factory=dict)
     num_resumed: int = 0
 
     def records(self) -> list[dict[str, Any]]:
         return [asdict(group) for group in self.groups]
+
+    def seconds_per_block(self) -> float:
+        """The median over the decoder layers."""
+        return median(self.block_seconds.values()) if self.block_seconds else 0.0
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time inside to `stage_seconds`."""
+        began = time.perf_counter()
+        yield
+        self.stage_seconds[stage] = time.perf_counter() - began
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The whole report as JSON; written to `path` as well if one is given."""
@@ -139,10 +157,15 @@ class CalibrationReport:
         megabyte = 1e6
         ratio = self.nbytes_before / self.nbytes_after if self.nbytes_after else float("nan")
         gains = [1 - g.loss / g.loss_rtn for g in experts_together(self.groups) if g.loss_rtn]
+        stages = [f"{stage} {seconds:.1f} s" for stage, seconds in self.stage_seconds.items()]
+        if self.block_seconds:
+            stages.append(f"{self.seconds_per_block():.1f} s a layer")
+        timing = f" ({', '.join(stages)})" if stages else ""
         resumed = f", layers taken from work_dir: {self.num_resumed}" if self.num_resumed else ""
         lines = [
             f"{self.num_linears} linears: {self.nbytes_before / megabyte:.1f} MB -> "
-            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), calibrated in {self.seconds:.0f} s{resumed}"
+            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), "
+            f"calibrated in {self.seconds:.0f} s{timing}{resumed}"
         ]
         if gains:
             gain = sum(gains) / len(gains)

@@ -34,6 +34,7 @@ from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.expert_groups import expert_parameters, find_expert_groups
 from mbq_ao.calibration.experts import ExpertLinear
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, folded_parameters
+from mbq_ao.calibration.residency import forget_residency
 
 _LEVELS = 64  # probe factors per digit: far enough apart to be told from rounding
 _TOLERANCE = 1e-3  # of the unfolded change; right folds are at 1e-6, wrong ones above 0.1
@@ -75,13 +76,13 @@ class _Reached(Exception):
 
 
 class BlockProber:
-    """Runs experiments on an fp32 copy of a block.
+    """Runs experiments on an fp32 copy of a block, on the device of its call.
 
     call: one call of the block with real hidden states of at least two tokens.
     """
 
     def __init__(self, block: nn.Module, call: ModuleCall) -> None:
-        self.block = copy.deepcopy(block).float().requires_grad_(False).eval()
+        self.block = _fp32_copy(block, call.hidden.device)
         self.call = call.map_tensors(lambda t: t.float() if t.is_floating_point() else t)
         self.trace, self.output = self._trace()
         self._unprobed: tuple[str, Tensor] | None = None  # a linear and its input, kept as it is asked for repeatedly
@@ -327,6 +328,20 @@ class BlockProber:
         with hooked([self._module(group.producer).register_forward_hook(perturb)]):
             after = self.input_of(group.linears[0], {})
         return not torch.equal(before[1:], after[1:])
+
+
+def _fp32_copy(block: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on the device, of fp32 parameters that need no gradient; those that are all that already are shared."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    # What the memo holds is not copied, so that no second copy in another dtype, or on another device, is made.
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(copied(p), requires_grad=False) for p in block.parameters()}
+    memo |= {id(b): copied(b).clone() for b in block.buffers()}
+    result = copy.deepcopy(block, memo).eval()
+    forget_residency(result)
+    return result
 
 
 def _fit_row_map(row: Tensor, alive: Tensor, num_channels: int, num_rows: int) -> RowMap | None:
