@@ -17,6 +17,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig, show_weight
 from mbq_ao.int3_tensor import MBQInt3Tensor
 from mbq_ao.packed_weight import PackedWeight
+from mbq_ao.quant_primitives import by_row_slabs
 from mbq_ao.vision_tower import rounded_weights, vision_linears
 from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
@@ -101,8 +102,14 @@ class W3A16Quantizer:
     group_size: int | None
 
     def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
-        rounded = MBQInt3Tensor.fake_quantize(_scaled(weight, s), self.group_size)
-        return rounded if s is None else rounded / s.to(weight.dtype)
+        if s is None:
+            return MBQInt3Tensor.fake_quantize(weight, self.group_size)
+
+        def rounded(x: Tensor) -> tuple[Tensor]:
+            return (MBQInt3Tensor.fake_quantize(_scaled(x, s, dtype), self.group_size) / s.to(dtype),)
+
+        dtype = weight.dtype
+        return by_row_slabs(rounded, weight)[0]
 
     def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
         return MBQInt3Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
@@ -128,8 +135,8 @@ class W4A8Quantizer:
         return MBQW4A8Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
 
 
-def _scaled(weight: Tensor, s: Tensor | None) -> Tensor:
-    return weight if s is None else (weight.float() * s).to(weight.dtype)
+def _scaled(weight: Tensor, s: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    return weight if s is None else (weight.float() * s).to(dtype or weight.dtype)
 
 
 def _inverse(weight: Tensor, s: Tensor | None) -> Tensor | None:
@@ -170,7 +177,8 @@ def mbq_config(
     recipe: "best" is the corrected calibration. "paper" computes what the published code computes, number
         for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
         scaled only where v_proj has its shape, and what no producer can take is not scaled.
-        To reproduce the paper on several samples, pass them as one padded batch, as its code does.
+        To reproduce the paper on several samples, pass them as one padded batch, as its code does. It knows no
+        mixtures of experts: they have the groups that "best" finds, but for those that no producer can take.
         "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
         same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
         balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.
@@ -183,8 +191,9 @@ def mbq_config(
         Int8DynamicActivationInt8WeightConfig() or our Int8DynamicActivationInt4WeightMBQConfig(). None: the tower
         stays as it is, as in the paper's main tables.
     filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` of the vision tower,
-        to quantize; None: all of them.
-    scale_groups: use these groups (names relative to a block) instead of looking for them.
+        to quantize; None: all of them. Experts in a 3-D parameter are quantized all or none: it gets the parameter's
+        name and the first expert, as a linear. Routers are never quantized.
+    scale_groups: use these groups (names relative to a block) instead of looking for them. They cannot name experts.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
 
     Raises ValueError for a value outside these choices.
@@ -211,8 +220,10 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     device: torch.types.Device = None,
     *,
+    compute_device: torch.types.Device = None,
     progress: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
+    distributed: bool = True,
 ) -> CalibrationReport | None:
     """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
 
@@ -221,9 +232,11 @@ def quantize_(
     Any other config is handed to torchao's own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
-    device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder
-        layers go there one at a time, so a model larger than the device's memory can be calibrated.
-        None: each layer stays where it is.
+    device: where to compute, and where the quantized model ends up, as with torchao. None: the model stays where it is.
+    compute_device: where to compute, if not where the model ends up. Decoder layers go there one at a time, activations
+        a batch at a time, so that neither the model nor the data need fit: `mbq_ao.calibration.memory.estimate` says
+        what is needed. compute_device="cuda" alone calibrates a model on the GPU and leaves it on the host.
+        None: `device`, or each layer where it is.
     progress: show progress bars.
     work_dir: a folder, made if missing, in which each decoder layer's scales are kept as soon as they are found. If
         this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit as an
@@ -231,41 +244,51 @@ def quantize_(
         differs if the folder is of another model, other data or another config (`vision` may be another), and if
         another process uses it; OSError if it cannot be written, with the layers before kept. The folder stays at the
         end, and the same call on the unquantized model finishes quickly from it; delete it when you like.
+    distributed: where torch.distributed is initialised (torchrun, accelerate launch), all ranks make this call, with
+        the same model and all of calib_data; each runs a share of the batches on its `device`, and all end with the
+        very model that one alone would make (see calibration/ranks.py). Call it before wrapping the model in DDP or
+        FSDP. work_dir is rank 0's. Raises ValueError on all ranks if they were called with different things,
+        RuntimeError if another rank fails. False: this process on its own, so that it may be called on one rank.
 
     If it raises, or is interrupted, the model's parameters and buffers are what they were.
 
     Memory beyond the model: see mbq_ao/calibration/mbq.py.
     """
     if not isinstance(config, MBQConfig):
-        if work_dir is not None:
-            raise ValueError(
-                f"work_dir keeps what a calibration found, but {type(config).__name__} calibrates nothing; leave it out"
-            )
+        for name, value in {"work_dir": work_dir, "compute_device": compute_device}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is for calibration, but {type(config).__name__} calibrates nothing; leave it out"
+                )
         torchao_quantize_(model, config, filter_fn, device)
         return None
 
     from mbq_ao.calibration.mbq import calibrate
+    from mbq_ao.calibration.ranks import joined_ranks
     from mbq_ao.calibration.work_dir import open_work_dir
+    from mbq_ao.pretrained import attach
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
-    # Before the work, as it may raise; calibration does not touch the tower.
-    tower = {} if config.vision is None else vision_linears(model, passes)
-    tower_weights = {} if config.vision is None else rounded_weights(tower, config.vision)
-    with open_work_dir(work_dir) as store:
+    to, compute_on = (None if d is None else torch.device(d) for d in (device, compute_device))
+    with joined_ranks(distributed) as ranks, open_work_dir(work_dir if ranks.is_first else None) as store:
+        # Before the work, as it may raise; calibration does not touch the tower.
+        tower = {} if config.vision is None else vision_linears(model, passes)
+        tower_weights = {} if config.vision is None else rounded_weights(tower, config.vision)
         plan, report = calibrate(
             model,
             config.calib_data,
             config.settings(),
             filter_fn=passes,
-            device=None if device is None else torch.device(device),
+            device=compute_on or to,
             progress=progress,
             store=store,
+            ranks=ranks,
         )
-    plan.parameters += [(tower[name], "weight", weight) for name, weight in tower_weights.items()]
-    report.vision = list(tower_weights)
-    report.not_quantized += [name for name in tower if name not in tower_weights]
-    plan.apply(model, None if device is None else torch.device(device))
+        plan.parameters += [(tower[name], "weight", weight) for name, weight in tower_weights.items()]
+        report.vision = list(tower_weights)
+        report.not_quantized += [name for name in tower if name not in tower_weights]
+        plan.apply(model, to, ranks)
     for module, _, value in plan.parameters:
         if isinstance(value, PackedWeight):
             show_weight(module)
@@ -273,6 +296,7 @@ def quantize_(
         name: getattr(config, name)
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")
     } | {"vision": None if config.vision is None else type(config.vision).__name__}
+    attach(model, report)
     return report
 
 

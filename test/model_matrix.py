@@ -19,7 +19,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported; wit
 
 import torch
 import transformers
-from families import FAMILIES, REFUSED, Family
+from families import FAMILIES, MIXTURES, REFUSED, Family
 from models import build_batch, build_model, model_inputs
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as OFFERED
@@ -68,6 +68,8 @@ OTHERS = """\
 
 They may work: `quantize_` checks every fold on the model itself, and `print(report)` says what it found. Of the
 image-text-to-text models of transformers {version} no test covers: {names}.
+
+Mixtures of experts have tests of their own: {mixtures}.
 
 FastVLM, Gemma 3n and Perception LM need timm, which the tests do without; the decoder of Gemma 3n is `gemma3n_text`
 above."""
@@ -136,8 +138,9 @@ def refusal(family: str) -> str:
 
 def not_tested(tested: str) -> str:
     """The paragraph on the other models of this version of transformers; `tested`: the tables of those that are."""
-    names = ", ".join(sorted(name for name, model in OFFERED.items() if model not in tested))
-    return OTHERS.format(version=transformers.__version__, names=names)
+    mixtures = {family.config().model_type for family in MIXTURES.values()}
+    rest = sorted(name for name, model in OFFERED.items() if model not in tested and name not in mixtures)
+    return OTHERS.format(version=transformers.__version__, names=", ".join(rest), mixtures=", ".join(sorted(mixtures)))
 
 
 def measure(name: str, family: Family) -> Entry:

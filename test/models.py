@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from families import FAMILIES, IMAGE, IMAGE_END, IMAGE_START, Family
+from families import FAMILIES, IMAGE, IMAGE_END, IMAGE_START, MIXTURES, Family
 from torch import Tensor, nn
 
 NUM_ANSWER_TOKENS = 3
@@ -17,7 +17,7 @@ NUM_ANSWER_TOKENS = 3
 
 def build_model(family: str | Family, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A model of the family in eval mode; `changes` are attributes of its text config."""
-    family = FAMILIES[family] if isinstance(family, str) else family
+    family = (FAMILIES | MIXTURES)[family] if isinstance(family, str) else family
     config = family.config()
     for name, value in changes.items():
         setattr(config.get_text_config(decoder=True), name, value)
@@ -26,12 +26,12 @@ def build_model(family: str | Family, dtype: torch.dtype = torch.float32, **chan
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return model if dtype == torch.float32 else model.to(dtype)  # which makes complex buffers (Llama4) real
 
 
 def build_batch(family: str | Family, num_text: int = 9, batch_size: int = 1, seed: int = 1) -> dict[str, Any]:
     """What a processor would return, plus labels: `num_text` text tokens, the last three the answer."""
-    family = FAMILIES[family] if isinstance(family, str) else family
+    family = (FAMILIES | MIXTURES)[family] if isinstance(family, str) else family
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 100, (batch_size, num_text), generator=generator)
     if family.inputs is not None:

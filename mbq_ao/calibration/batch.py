@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mbq_ao.calibration.residency import Placement
 
 IGNORE_INDEX = -100
 """The label of a token that is not part of the answer, as everywhere in transformers."""
@@ -25,13 +27,14 @@ _VISION_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id",
 
 @dataclass
 class CalibrationBatch:
-    """One batch, on the model's device.
+    """One batch, on the model's device, or in the host's memory until it is computed with.
 
     inputs: keyword arguments of the model's forward.
     labels: (B, T) int64, -100 where a token is not answer.
     vision: (B, T) bool, tokens that stand for image or video patches.
     answer: (B, T) bool, tokens of the answer (labels != -100 unless overridden).
     valid: (B, T) bool, tokens that are not padding.
+    index: its place in calib_data.
     """
 
     inputs: dict[str, Any]
@@ -39,10 +42,15 @@ class CalibrationBatch:
     vision: Tensor
     answer: Tensor
     valid: Tensor
+    index: int = 0
 
     @property
     def num_tokens(self) -> int:
         return self.valid.numel()
+
+    def on(self, placement: Placement) -> CalibrationBatch:
+        """The batch where it is computed with."""
+        return CalibrationBatch(**{f.name: placement.fetch(getattr(self, f.name)) for f in fields(self)})
 
     def predicts_answer(self) -> Tensor:
         """(B, T) bool: positions whose output is the next answer token, i.e. `answer` shifted left by one.
@@ -144,7 +152,7 @@ def _make_batch(model: nn.Module, raw: Mapping[str, Any], index: int, device: to
     labels = labels.long()
     if answer is None:
         answer = labels != IGNORE_INDEX
-    return CalibrationBatch(inputs, labels, vision, answer, valid)
+    return CalibrationBatch(inputs, labels, vision, answer, valid, index)
 
 
 def _checked_mask(batch: Mapping[str, Any], key: str, shape: tuple[int, ...], index: int) -> Tensor | None:

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import Cache, PreTrainedModel
 
 from mbq_ao.calibration.batch import CalibrationBatch
+from mbq_ao.calibration.residency import HERE, Placement
 
 
 def find_blocks(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> dict[str, nn.Module]:
@@ -120,17 +121,21 @@ class ModuleCall:
 
 @dataclass
 class BlockStream:
-    """One batch on its way through the blocks: the hidden state, and how each block is called."""
+    """One batch on its way through the blocks: the hidden state, and how each block is called.
+
+    Kept where its placement keeps things; `call` and `between` take and give tensors where they are computed with.
+    """
 
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # at the current block's input
     calls: list[ModuleCall] = field(default_factory=list)  # one a block, without the hidden state
     deltas: dict[int, Tensor] = field(default_factory=dict)  # added before block i
     distorted: Tensor | None = None  # the stream through the quantized blocks, with error propagation
     last_output: Tensor | None = None  # only while recording
+    placement: Placement = HERE
 
     def call(self, index: int, hidden: Tensor) -> ModuleCall:
         """The call of block `index` on `hidden`."""
-        return self.calls[index].with_hidden(hidden)
+        return self.calls[index].with_hidden(hidden).map_tensors(self.placement.fetch)
 
     def between(self, index: int, output: Tensor) -> Tensor:
         """The input of block `index`, given the output of the one before."""
@@ -179,40 +184,43 @@ def last_positions(batch: CalibrationBatch, count: int) -> Tensor:
 
 @torch.no_grad()
 def capture_streams(
-    model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[CalibrationBatch]
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    batches: Iterable[CalibrationBatch],
+    placement: Placement = HERE,
 ) -> list[BlockStream]:
-    """Run the model once on each batch and record how its blocks are called.
+    """Run the model once on each batch and record how its blocks are called. What is recorded is kept by `placement`.
 
     Raises ValueError naming the block at whose input a NaN or inf appears, and RuntimeError if the
     forward does not call every block once and in order, or on other tokens than those of the batch.
     What the model itself raises gets a note that names the batch.
     """
     streams = []
-    for number, batch in enumerate(batches):
-        stream = BlockStream()
+    for batch in batches:
+        stream = BlockStream(placement=placement)
         hooks = (
             block.register_forward_hook(
-                partial(_record_call, stream, index, f"{name} on calibration batch {number}"), with_kwargs=True
+                partial(_record_call, stream, index, f"{name} on calibration batch {batch.index}"), with_kwargs=True
             )
             for index, (name, block) in enumerate(blocks.items())
         )
         with hooked(hooks):
             try:
-                forward(model, batch, logits_to_keep=last_positions(batch, 1))
+                forward(model, batch.on(placement), logits_to_keep=last_positions(batch, 1))
             except Exception as error:
                 shapes = {k: tuple(v.shape) for k, v in batch.inputs.items() if isinstance(v, Tensor)}
-                error.add_note(f"raised while {type(model).__name__} ran calibration batch {number}: {shapes}")
+                error.add_note(f"raised while {type(model).__name__} ran calibration batch {batch.index}: {shapes}")
                 raise
         if len(stream.calls) != len(blocks):
             raise RuntimeError(
                 f"{type(model).__name__} made {len(stream.calls)} calls of its {len(blocks)} blocks on calibration "
-                f"batch {number}; every block must run once: pass the right ones as blocks=[...]"
+                f"batch {batch.index}; every block must run once: pass the right ones as blocks=[...]"
             )
         num_hidden = stream.hidden.shape[:-1].numel()
         if stream.hidden.shape[-3:-1] != batch.valid.shape and num_hidden != batch.num_tokens:
             raise RuntimeError(
                 f"{type(model).__name__} runs its decoder layers on hidden states of shape "
-                f"{tuple(stream.hidden.shape)} where calibration batch {number} has tokens of shape "
+                f"{tuple(stream.hidden.shape)} where calibration batch {batch.index} has tokens of shape "
                 f"{tuple(batch.valid.shape)}: models that put tokens of their own beside those of input_ids are not "
                 "supported; pass blocks=[...] if these are not the language model's layers"
             )
@@ -242,7 +250,7 @@ def _record_call(
             "model's weights and dtype (float16 overflows where bfloat16 does not) and the batch"
         )
     if stream.last_output is None:
-        stream.hidden = call.hidden
+        stream.hidden = stream.placement.keep(call.hidden)
     elif call.hidden.shape != stream.last_output.shape:
         raise RuntimeError(
             f"{where} is given a hidden state of shape {tuple(call.hidden.shape)}, but the block before it gave "
@@ -250,6 +258,6 @@ def _record_call(
             "blocks=[...]"
         )
     elif call.hidden is not stream.last_output and not torch.equal(call.hidden, stream.last_output):
-        stream.deltas[len(stream.calls)] = call.hidden - stream.last_output
-    stream.calls.append(call.with_hidden(None))
+        stream.deltas[len(stream.calls)] = stream.placement.keep(call.hidden - stream.last_output)
+    stream.calls.append(call.with_hidden(None).map_tensors(stream.placement.keep))
     stream.last_output = first_tensor(output)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mbq_ao.calibration.report import experts_together
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -42,7 +44,7 @@ def _by_group(report: CalibrationReport) -> dict[str, list[tuple[int, GroupRepor
     """Groups with the same linears, with the number of their block."""
     order = {block: i for i, block in enumerate(dict.fromkeys(g.block for g in report.groups))}
     series: dict[str, list[tuple[int, GroupReport]]] = {}
-    for group in report.groups:
+    for group in experts_together(report.groups):
         label = ", ".join(name.rpartition(".")[2] for name in group.linears)
         series.setdefault(label, []).append((order[group.block], group))
     return series

@@ -68,6 +68,8 @@ class CalibrationSettings:
     quantizer: WeightQuantizer
     scale_groups: Sequence[ScaleGroup] | None = None
     blocks: Sequence[nn.Module] | None = None
+    # Of an expert's own search: weigh a token by the factor that the expert's output has for it as well.
+    route_weighted: bool = False
 
 
 @dataclass

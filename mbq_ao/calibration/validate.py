@@ -9,10 +9,21 @@ from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise ValueError for weights on the meta device, a model without parameters, or an encoder-decoder."""
+def check_model(model: nn.Module, device: torch.device | None = None) -> None:
+    """Raise ValueError for weights on the meta device, a model without parameters, one wrapped for training, or an
+    encoder-decoder.
+
+    device: where calibration is to bring its layers; one that accelerate places (`device_map`) is refused then.
+    """
+    for module in model.modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise ValueError(
+                f"the model is wrapped in {type(module).__name__}: call quantize_ with the model itself, and wrap it "
+                "after"
+            )
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
     if _is_encoder_decoder(model):
@@ -21,12 +32,26 @@ def check_model(model: nn.Module) -> None:
             "vision and answer tokens of one sequence. Round it without data: torchao.quantization.quantize_ with "
             "Int3WeightOnlyConfig() or Int8DynamicActivationInt4WeightMBQConfig()"
         )
+    hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(
-                f"{name} is on the meta device and has no values: load the model's weights before quantize_ "
-                "(from_pretrained without an offloading device_map)"
+                f"{name} is on the meta device and has no values"
+                + ("" if hooked is None else ", as accelerate offloaded it (device_map)")
+                + ': load the whole model into the host\'s memory, from_pretrained(..., device_map="cpu"), and call '
+                'quantize_(..., compute_device="cuda"), which brings one layer at a time to the GPU'
             )
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"{name} is a DTensor, of which this rank has a part: call quantize_ with the whole model, before "
+                "fully_shard or parallelize_module"
+            )
+    if hooked is not None and device is not None:
+        raise ValueError(
+            f"accelerate places the layers of this model (device_map; hook on {hooked or 'the model'!r}) and would "
+            f"take them back from {str(device)!r}: leave out device and compute_device to compute where they are, or "
+            'load the model with device_map="cpu" and pass compute_device'
+        )
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
@@ -49,6 +74,13 @@ def check_linears(selected: Mapping[str, dict[str, nn.Linear]], owners: Mapping[
                     f"{first} and {others[0]} are one parameter: quantizing it for one place would change the other; "
                     "untie them (copy the weight), or leave both out with filter_fn"
                 )
+
+
+def holders_of_matrices(blocks: Mapping[str, nn.Module]) -> str:
+    """The classes of the modules in which the blocks' matrices are, for an error."""
+    modules = [m for block in blocks.values() for m in block.modules()]
+    holders = {type(m).__name__ for m in modules if any(p.ndim > 1 for p in m.parameters(recurse=False))}
+    return ", ".join(sorted(holders)) or "no matrix at all"
 
 
 def owners_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:

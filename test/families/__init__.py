@@ -5,12 +5,26 @@ To add one: an entry with its config, and what its processor returns for an imag
 """
 
 from families.language import LANGUAGE
+from families.mixtures import MIXTURES
 from families.more import MORE
 from families.named import MULTIMODAL
 from families.parts import IMAGE, IMAGE_END, IMAGE_START, VIDEO, Family
 from families.unusual import REFUSED, UNUSUAL
 
+# `MIXTURES` have tests of their own (test/calibration/test_experts.py).
 FAMILIES: dict[str, Family] = {**MULTIMODAL, **MORE, **UNUSUAL, **LANGUAGE}
-TEXT_ONLY = tuple(LANGUAGE)
+TEXT_ONLY = tuple(name for name, family in (FAMILIES | MIXTURES).items() if family.inputs is None)
 
-__all__ = ["FAMILIES", "IMAGE", "IMAGE_END", "IMAGE_START", "REFUSED", "TEXT_ONLY", "VIDEO", "Family"]
+__all__ = [
+    "FAMILIES",
+    "IMAGE",
+    "IMAGE_END",
+    "IMAGE_START",
+    "LANGUAGE",
+    "MIXTURES",
+    "MULTIMODAL",
+    "REFUSED",
+    "TEXT_ONLY",
+    "VIDEO",
+    "Family",
+]

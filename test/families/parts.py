@@ -109,3 +109,8 @@ def patches(ids: Tensor, pixels: Pixels, patch_size: int = 2 * 14 * 14) -> dict[
         "image_grid_thw": torch.tensor([[1, 4, 4]] * len(ids)),
         "mm_token_type_ids": (ids == IMAGE).int(),
     }
+
+
+def language(config: Callable[[], tf.PretrainedConfig], layers: str = "model.layers") -> Family:
+    """Text only."""
+    return Family(config, layers=layers, auto=tf.AutoModelForCausalLM)
