@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, TEXT_ONLY, build_batch, build_model, model_inputs
+from models import CONFIGS, MOE_CONFIGS, TEXT_ONLY, build_batch, build_model, model_inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchao.quantization import quantize_ as torchao_quantize_
@@ -114,6 +114,16 @@ def test_a_calibrated_model(precision: str, tmp_path: Path) -> None:
     loaded = from_pretrained(tmp_path / "m")
     assert torch.equal(logits(loaded, "olmo2"), logits(model, "olmo2"))
     assert loaded.hf_quantizer.quantization_config.to_dict() == config | {"calibration": report.calibration}
+
+
+@pytest.mark.parametrize("family", MOE_CONFIGS)
+def test_experts(family: str, tmp_path: Path) -> None:
+    model, _ = calibrated(family, "w4a8" if list(MOE_CONFIGS).index(family) % 2 else "w3a16")
+    weights, expected = packed(model), logits(model, family)
+    assert any(".experts." in name and p.ndim == 3 for name, p in model.named_parameters() if name in weights)
+    model.save_pretrained(tmp_path / "m", max_shard_size="60KB")
+    loaded = from_pretrained(tmp_path / "m")
+    assert packed(loaded) == weights and torch.equal(logits(loaded, family), expected)
 
 
 def test_another_dtype(tmp_path: Path) -> None:
