@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 FilterFn = Callable[[nn.Module, str], bool]
 _RECIPES = ("best", "paper", "smoothquant")
 _LOSSES = ("mae", "mse")
+_TARGETS = ("decoder", "decoder+vision")
 
 
 @dataclass(kw_only=True)
@@ -46,6 +47,7 @@ class MBQConfig(AOBaseConfig):
     filter_fn: FilterFn | None = None
     scale_groups: Sequence[ScaleGroup] | None = None
     blocks: Sequence[nn.Module] | None = None
+    targets: Literal["decoder", "decoder+vision"] | FilterFn = "decoder"
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, tuple(_QUANTIZERS))
@@ -59,6 +61,13 @@ class MBQConfig(AOBaseConfig):
             raise ValueError(
                 "vision must be a torchao config that rounds without data, such as "
                 f"Int8DynamicActivationInt8WeightConfig(), or None, got {type(self.vision).__name__}"
+            )
+        if not callable(self.targets):
+            _one_of("targets", self.targets, _TARGETS, "a filter (module, fqn) -> bool")
+        if self.vision is not None and self.targets == "decoder+vision":
+            raise ValueError(
+                f"vision={type(self.vision).__name__} rounds the vision tower without calibration, and "
+                'targets="decoder+vision" calibrates it; leave out one of them'
             )
         searches = self.recipe != "smoothquant"
         if not searches and (self.balance or self.propagate_error or self.n_grid != MBQConfig.n_grid):
@@ -88,6 +97,7 @@ class MBQConfig(AOBaseConfig):
             quantizer=self.quantizer(),
             scale_groups=self.scale_groups,
             blocks=self.blocks,
+            targets=self.targets,
         )
 
 
@@ -154,6 +164,7 @@ def mbq_config(
     filter_fn: FilterFn | None = None,
     scale_groups: Sequence[ScaleGroup] | None = None,
     blocks: Sequence[nn.Module] | None = None,
+    targets: Literal["decoder", "decoder+vision"] | FilterFn = "decoder",
 ) -> MBQConfig:
     """Modality-balanced quantization, calibrated on `calib_data` (arXiv 2412.19509).
 
@@ -186,6 +197,13 @@ def mbq_config(
         to quantize; None: all of them.
     scale_groups: use these groups (names relative to a block) instead of looking for them.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
+    targets: what is calibrated. "decoder": its layers. "decoder+vision": also the vision tower's blocks and the
+        projector, in the same precision and by the same search, on the images of calib_data, with all patches
+        counting alike. A filter, (module, fqn) -> bool: these nn.Linear of the whole model, whatever they are in;
+        filter_fn then narrows what it takes. Not with `vision` for the same linears. With propagate_error the decoder
+        is calibrated behind the quantized tower. The report says stack by stack what was calibrated; which linears are
+        rounded without calibration, because they are called alone or behind the decoder's layers (lm_head); and which
+        are left alone, because no batch runs them. Convolutions and embeddings stay as they are.
 
     Raises ValueError for a value outside these choices.
     """
@@ -202,6 +220,7 @@ def mbq_config(
         filter_fn=filter_fn,
         scale_groups=scale_groups,
         blocks=blocks,
+        targets=targets,
     )
 
 
@@ -217,7 +236,8 @@ def quantize_(
     """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
 
     With `mbq_config(calib_data)`: calibrates, then turns the linears of the language model's decoder layers into
-    MBQInt3Tensor or MBQW4A8Tensor weights (with `vision`, those of the vision tower as well), and returns the report.
+    MBQInt3Tensor or MBQW4A8Tensor weights (with `targets` or `vision`, those of the vision tower as well), and returns
+    the report.
     Any other config is handed to torchao's own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
@@ -251,6 +271,11 @@ def quantize_(
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
     # Before the work, as it may raise; calibration does not touch the tower.
     tower = {} if config.vision is None else vision_linears(model, passes)
+    if callable(config.targets) and (both := [n for n, m in tower.items() if config.targets(m, n)]):
+        raise ValueError(
+            f"targets and vision={type(config.vision).__name__} both quantize {both[0]} ({len(both)} linears in all); "
+            "leave the vision tower out of one of them"
+        )
     tower_weights = {} if config.vision is None else rounded_weights(tower, config.vision)
     with open_work_dir(work_dir) as store:
         plan, report = calibrate(
@@ -272,7 +297,10 @@ def quantize_(
     report.settings = {
         name: getattr(config, name)
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")
-    } | {"vision": None if config.vision is None else type(config.vision).__name__}
+    } | {
+        "vision": None if config.vision is None else type(config.vision).__name__,
+        "targets": "filter" if callable(config.targets) else config.targets,
+    }
     return report
 
 
@@ -284,6 +312,7 @@ def _refuse_module_by_module(module: nn.Module, config: MBQConfig, **kwargs: Any
     )
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[str, ...], otherwise: str = "") -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        or_else = f", or {otherwise}" if otherwise else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{or_else}, got {value!r}")

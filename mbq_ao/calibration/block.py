@@ -16,7 +16,10 @@ from mbq_ao.calibration.settings import CalibrationSettings, Masks
 
 
 class BlockCalibrator:
-    """Searches the groups of one block on the streams at its input. The block is not changed."""
+    """Searches the groups of one block on the streams at its input. The block is not changed.
+
+    masks: None where all tokens count alike: those of a vision tower are not the text's.
+    """
 
     def __init__(
         self,
@@ -24,7 +27,7 @@ class BlockCalibrator:
         block: nn.Module,
         index: int,
         streams: list[BlockStream],
-        masks: Masks,
+        masks: Masks | None,
         settings: CalibrationSettings,
         ratios: Mapping[str, float | None],
         linears: dict[str, nn.Linear],
@@ -54,10 +57,11 @@ class BlockCalibrator:
         if self.settings.propagate_error:
             # The first group sees the unquantized block on the distorted stream, the others the block quantized so far.
             calls = self._capture(group, self.served_parameters() if self.scalings else {}, distorted=True)
+        masks = self.masks or Masks.even([target.output for target in clean])
         weights = token_weights(
-            self.masks.counted,
-            self.masks.answer,
-            self.masks.vision,
+            masks.counted,
+            masks.answer,
+            masks.vision,
             ratio=ratio,
             loss=self.settings.loss,
             num_channels=clean[0].output.shape[-1],
@@ -75,10 +79,10 @@ class BlockCalibrator:
 
         inputs, alpha = [seen.x for seen in calls], self.settings.recipe.smooth_alpha
         if alpha is None:
-            statistic = group.row_map.tie(mean_abs(inputs, self.masks.counted))
+            statistic = group.row_map.tie(mean_abs(inputs, masks.counted))
             scales = grid_scales(statistic, self.settings.n_grid)
         else:
-            scales = smooth_scales(max_abs(inputs, self.masks.counted), list(candidates.values()), alpha)
+            scales = smooth_scales(max_abs(inputs, masks.counted), list(candidates.values()), alpha)
         try:
             found = search_scale(module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None)
         except ValueError as error:
@@ -119,8 +123,9 @@ class BlockCalibrator:
         return seen
 
     def _call(self, stream: BlockStream, distorted: bool) -> ModuleCall:
-        hidden = stream.distorted if distorted and stream.distorted is not None else stream.hidden
-        return stream.call(self.index, hidden)
+        if distorted and stream.distorted is not None:
+            return (stream.behind or stream).call(self.index, stream.distorted)
+        return stream.call(self.index, stream.hidden)
 
     @torch.no_grad()
     def served_parameters(self) -> dict[str, Tensor]:
@@ -156,7 +161,7 @@ class BlockCalibrator:
         for stream in self.streams:
             if self.settings.propagate_error:
                 distorted = self._call(stream, distorted=True).run(self.block, served)
-                stream.distorted = stream.between(self.index + 1, distorted)
+                stream.distorted = (stream.behind or stream).between(self.index + 1, distorted)
             stream.hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
 
 

@@ -46,7 +46,16 @@ from mbq_ao.calibration.report import CalibrationReport, GroupReport
 from mbq_ao.calibration.residency import computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
-from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
+from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe, Targets
+from mbq_ao.calibration.stacks import (
+    Beside,
+    Stack,
+    capture_passes,
+    find_stacks,
+    linears_beside,
+    listed_blocks,
+    other_weights,
+)
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
 from mbq_ao.calibration.work_dir import State, Store, describe_run
 
@@ -56,6 +65,18 @@ class Plan:
     """New parameters for some modules, to be set all at once."""
 
     parameters: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Inside, the modules have the new parameters."""
+        before = [(module._parameters, name, module._parameters[name]) for module, name, _ in self.parameters]
+        try:
+            for module, name, value in self.parameters:
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            yield
+        finally:
+            for table, name, parameter in before:
+                table[name] = parameter
 
     def apply(self, model: nn.Module, device: torch.device | None = None) -> None:
         """Set every parameter and move the model to `device` (None: leave it where it is), or do nothing.
@@ -90,9 +111,9 @@ def calibrate(
     progress: bool = True,
     store: Store | None = None,
 ) -> tuple[Plan, CalibrationReport]:
-    """Find the scales and quantize every selected linear of the decoder, without changing the model.
+    """Find the scales and quantize every selected linear, without changing the model.
 
-    device: where to compute; the decoder layers are copied there one at a time. None: where they are.
+    device: where to compute; the blocks (decoder layers) are copied there one at a time. None: where they are.
     store: remembers finished steps, see `open_work_dir`; None: nothing does.
     """
     begin = time.perf_counter()
@@ -102,52 +123,116 @@ def calibrate(
             "outside of it (torch.no_grad() is fine)"
         )
     check_model(model)
-    blocks = find_blocks(model, settings.blocks)
-    selected = _selected_linears(blocks, filter_fn)
+    layers = find_blocks(model, settings.blocks)
+    first_layer = next(iter(layers.values()))
+    linears = linears_beside(model, layers, settings.targets, filter_fn)
+    decoder = Stack(layers, _selected_linears(layers, settings.targets, filter_fn, linears), step="block_")
     owners = owners_of_parameters(model)
-    check_linears(selected, owners)
+    check_linears({"": linears, **decoder.selected}, owners)
     batches = collect_batches(model, calib_data, device)
     store = store or Store()
-    store.check(lambda: describe_run(model, batches, settings, selected, progress=progress))
+    store.check(lambda: describe_run(model, batches, settings, decoder.selected, progress=progress))
 
-    with evaluating(model), computing_on(device, model, blocks.values()):
-        streams = capture_streams(model, blocks, batches)
-        groups = find_groups(owners, blocks, streams, settings, selected, device)
-        masks = Masks.of(batches, settings.recipe)
-        balance = settings.balance and any(b.vision.any() for b in batches)
+    with evaluating(model), computing_on(device, model, [*layers.values(), *listed_blocks(model, linears).values()]):
+        beside = find_stacks(model, linears, first_layer, batches, settings.targets) if linears else Beside()
+        work = _Work(model, batches, settings, owners, device, store, progress)
+        for stack in beside.stacks:
+            work.calibrate(stack, partial(capture_passes, model, stack.blocks, batches, first_layer), masks=None)
+        work.round({name: linears[name] for name in beside.rounded})
+        if any(decoder.selected.values()):
+            work.calibrate(
+                decoder, partial(capture_streams, model, layers, batches), masks=Masks.of(batches, settings.recipe)
+            )
+        outputs = [list(stack.blocks)[-1] for stack in beside.stacks]
+        seeing = [batches[i] for i in beside.batches] or batches
+        work.report.logits_error = check_logits(model, work.blocks, work.scalings, seeing, outputs)
+
+    plan, report = work.plan, work.report
+    report.rounded, report.left_alone = beside.rounded, beside.left_alone
+    _summarise(report, plan, work.stacks, work.groups)
+    if linears:
+        report.stacks = {stack.name: list(stack.blocks) for stack in work.stacks}
+    if settings.targets == "decoder+vision":
+        report.not_quantized += other_weights(model, layers, beside)
+    report.seconds = time.perf_counter() - begin
+    return plan, report
+
+
+@dataclass
+class _Work:
+    """What all stacks of one calibration have in common, and what was found for those that are done."""
+
+    model: nn.Module
+    batches: list[CalibrationBatch]
+    settings: CalibrationSettings
+    owners: Mapping[nn.Parameter, list[str]]
+    device: torch.device | None
+    store: Store
+    progress: bool
+    plan: Plan = field(default_factory=Plan)
+    report: CalibrationReport = field(default_factory=lambda: CalibrationReport(settings={}))
+    stacks: list[Stack] = field(default_factory=list)
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    groups: dict[str, list[ScaleGroup]] = field(default_factory=dict)
+    scalings: dict[str, list[Scaling]] = field(default_factory=dict)
+
+    def calibrate(self, stack: Stack, capture: Callable[[], list[BlockStream]], masks: Masks | None) -> None:
+        """Search the scales of a stack and plan its new parameters, block by block.
+
+        masks: of the text's tokens. None beside the decoder: all tokens count alike there, as none is an answer, and
+        `scale_groups`, whose names are a decoder layer's, are not meant.
+        """
+        model, store, blocks, selected = self.model, self.store, stack.blocks, stack.selected
+        settings = replace(self.settings, scale_groups=None) if masks is None else self.settings
+        # What the search depends on beyond the fingerprint, which knows the decoder's linears only.
+        chosen = [] if masks is not None else [{name: list(linears) for name, linears in selected.items()}]
+        streams = capture()
+        if settings.propagate_error and self.plan.parameters:
+            chosen.append({name: list(linears) for done in self.stacks for name, linears in done.selected.items()})
+            with self.plan.in_place():
+                for stream, behind in zip(streams, capture(), strict=True):
+                    stream.start_behind(behind)
+        groups = find_groups(self.owners, blocks, streams, settings, selected, self.device)
         raw_ratios: dict[ModuleName, float] = {}
-        if balance:
+        if masks is not None and settings.balance and any(b.vision.any() for b in self.batches):
             inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
-            measure = partial(_measure, model, blocks, inspected, batches, masks, progress)
+            measure = partial(_measure, model, blocks, inspected, self.batches, masks, self.progress)
             state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
         ratios = floor_at_median(raw_ratios)
 
-        plan, report = Plan(), CalibrationReport(settings={})
-        all_scalings: dict[str, list[Scaling]] = {}
-        bar = tqdm(blocks.items(), desc="scale search", disable=not progress)
+        where = "" if masks is not None else f", {stack.name}"
+        bar = tqdm(blocks.items(), desc=f"scale search{where}", disable=not self.progress)
         for index, (name, block) in enumerate(bar):
             block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
-            with resident_on(device, block):
+            with resident_on(self.device, block):
                 worker = BlockCalibrator(name, block, index, streams, masks, settings, block_ratios, selected[name])
                 search = partial(_search, worker, groups[name], raw_ratios)
-                state = store.once(f"block_{index:04}", search, follows_from=(name, groups[name], block_ratios))
+                follows_from = (name, groups[name], block_ratios, *chosen)
+                state = store.once(f"{stack.step}{index:04}", search, follows_from=follows_from)
                 worker.use(groups[name], state.tensors)
-                plan.parameters += worker.plan()
+                self.plan.parameters += worker.plan()
                 if index + 1 < len(blocks):
                     worker.advance()
             reports = [GroupReport(**record) for record in state.record]
-            report.num_resumed += state.resumed
-            report.groups += reports
-            all_scalings[name] = worker.scalings
+            self.report.num_resumed += state.resumed
+            self.report.groups += reports
+            self.scalings[name] = worker.scalings
             if reports:
                 loss_rtn, loss = (sum(getattr(r, f) for r in reports) for f in ("loss_rtn", "loss"))
                 bar.set_postfix_str(f"loss {loss_rtn:.3g} -> {loss:.3g}")
-        report.logits_error = check_logits(model, blocks, all_scalings, batches)
+        self.stacks.append(stack)
+        self.blocks |= blocks
+        self.groups |= groups
 
-    _summarise(report, plan, blocks, groups, selected, settings)
-    report.seconds = time.perf_counter() - begin
-    return plan, report
+    def round(self, linears: Mapping[str, nn.Linear]) -> None:
+        """Plan weights by plain rounding."""
+        for name, linear in linears.items():
+            try:
+                weight = self.settings.quantizer.quantize(linear.weight.detach(), None)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            self.plan.parameters.append((linear, "weight", weight))
 
 
 def _measure(
@@ -257,24 +342,31 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _selected_linears(
-    blocks: Mapping[str, nn.Module], filter_fn: Callable[[nn.Module, str], bool] | None
+    blocks: Mapping[str, nn.Module],
+    targets: Targets,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    beside: Mapping[str, nn.Linear],
 ) -> dict[str, dict[str, nn.Linear]]:
-    """Block name -> {name in the block: linear to be quantized}."""
+    """Block name -> {name in the block: linear to be quantized}.
+
+    Raises ValueError if there is none, and none `beside` the blocks that a filter as `targets` has chosen instead.
+    """
+    filters = [f for f in (targets, filter_fn) if callable(f)]
     selected = {
         block_name: {
             name: module
             for name, module in block.named_modules()
-            if isinstance(module, nn.Linear) and (filter_fn is None or filter_fn(module, f"{block_name}.{name}"))
+            if isinstance(module, nn.Linear) and all(f(module, f"{block_name}.{name}") for f in filters)
         }
         for block_name, block in blocks.items()
     }
-    if not any(selected.values()):
+    if not any(selected.values()) and not (callable(targets) and beside):
         names = [
             f"{b}.{n}" for b, block in blocks.items() for n, m in block.named_modules() if isinstance(m, nn.Linear)
         ]
         raise ValueError(
             f"nothing to quantize: none of the {len(names)} nn.Linear in the {len(blocks)} decoder layers passes "
-            f"filter_fn; it is given names like {names[0]!r}"
+            f"{'targets and filter_fn' if callable(targets) else 'filter_fn'}; it is given names like {names[0]!r}"
             if names
             else f"nothing to quantize: the {len(blocks)} decoder layers have no nn.Linear; pass blocks=[...]"
         )
@@ -282,21 +374,20 @@ def _selected_linears(
 
 
 def _summarise(
-    report: CalibrationReport,
-    plan: Plan,
-    blocks: Mapping[str, nn.Module],
-    groups: Mapping[str, list[ScaleGroup]],
-    selected: Mapping[str, dict[str, nn.Linear]],
-    settings: CalibrationSettings,
+    report: CalibrationReport, plan: Plan, stacks: Sequence[Stack], groups: Mapping[str, list[ScaleGroup]]
 ) -> None:
-    for block_name, block in blocks.items():
-        scaled = {name for group in groups[block_name] for name in group.linears}
-        report.not_scaled += [f"{block_name}.{n}" for n in selected[block_name] if n not in scaled]
-        report.not_quantized += [
-            f"{block_name}.{n}"
-            for n, p in block.named_parameters()
-            if p.ndim >= 2 and n.removesuffix(".weight") not in selected[block_name]
-        ]
+    for stack in stacks:
+        for block_name, block in stack.blocks.items():
+            selected = stack.selected[block_name]
+            scaled = {name for group in groups[block_name] for name in group.linears}
+            report.not_scaled += [f"{block_name}.{n}" for n in selected if n not in scaled]
+            report.not_quantized += [
+                f"{block_name}.{n}"
+                for n, p in block.named_parameters()
+                if p.ndim >= 2
+                and n.removesuffix(".weight") not in selected
+                and f"{block_name}.{n}".removesuffix(".weight") not in report.left_alone
+            ]
     quantized = [(m, v) for m, name, v in plan.parameters if name == "weight" and hasattr(v, "quantized_nbytes")]
     report.num_linears = len(quantized)
     report.nbytes_before = sum(m.weight.numel() * m.weight.element_size() for m, _ in quantized)

@@ -43,6 +43,9 @@ class CalibrationReport:
     not_quantized: linears inside the blocks that filter_fn left out, and other weights found there; of the vision
         tower, those that its config left alone.
     vision: linears of the vision tower that were rounded without calibration.
+    stacks: with `targets`, the blocks of each stack that was calibrated, the decoder's layers last; else empty.
+    rounded, left_alone: with `targets`, linears that were rounded without calibration, and those that stay as they
+        are, and why.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     num_linears, nbytes_before, nbytes_after: the calibrated linears, and bytes of their weights.
     seconds: of this call. num_resumed: decoder layers whose scales an earlier call had left in work_dir.
@@ -59,6 +62,9 @@ class CalibrationReport:
     nbytes_after: int = 0
     seconds: float = 0.0
     num_resumed: int = 0
+    stacks: dict[str, list[str]] = field(default_factory=dict)
+    rounded: dict[str, str] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     def records(self) -> list[dict[str, Any]]:
         return [asdict(group) for group in self.groups]
@@ -92,6 +98,10 @@ class CalibrationReport:
             )
             for row in [header, tuple("-" * w for w in widths), *rows]
         ]
+        first_row = {group.block: i for i, group in reversed(list(enumerate(self.groups, start=2)))}
+        for stack, blocks in reversed(self.stacks.items()):
+            starts = [first_row[block] for block in blocks if block in first_row]
+            lines[min(starts, default=0) : 0] = [f"[{stack}]"] if starts else []
         lines.append(self.summary())
         return "\n".join(line.rstrip() for line in lines)
 
@@ -115,6 +125,9 @@ class CalibrationReport:
             lines.append(
                 f"vision tower: {len(self.vision)} linears rounded without calibration, {self.settings.get('vision')}"
             )
+        for names, what in ((self.rounded, "rounded without calibration"), (self.left_alone, "left as they are")):
+            for reason in dict.fromkeys(names.values()):
+                lines.append(f"{what} ({reason}): {some([name for name, why in names.items() if why == reason])}")
         if self.not_scaled:
             lines.append(f"rounded without a scale: {some(self.not_scaled)}")
         if self.not_quantized:

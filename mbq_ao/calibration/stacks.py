@@ -1,0 +1,338 @@
+"""What is calibrated beside the decoder's layers: `targets=` made into stacks of blocks.
+
+A stack is a run of blocks of which each reads what the one before wrote: the transformer blocks of a vision tower, or
+a projector, a merger, a pooling head as the one block of its own. Which modules these are is not looked up in a table.
+One pass of the model over the calibration data, up to its decoder, shows what is called, with what, and in which order:
+
+    an element of a ModuleList or Sequential that holds two linears or more: a block, behind the element before it where
+        it is always called on that one's very output; else it begins a stack
+    the largest module around another linear that is called with a hidden state: a block, and a stack of its own
+    a linear that is called alone, or in or after the decoder (lm_head): plain rounding, and a line in the report
+    a linear that no calibration batch runs: left alone, and a line in the report
+
+A stack may run any number of times in a forward: not at all for text, once for all images, or for one after the other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from mbq_ao.calibration.batch import CalibrationBatch
+from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, forward, hooked, record_call
+from mbq_ao.calibration.settings import FilterFn, Targets
+from mbq_ao.vision_tower import find_vision_tower
+
+_NEVER_RUN = "no calibration batch runs them"
+_OF_TORCH = "torch.nn.MultiheadAttention computes with their weights itself"
+_ALONE = "called alone, not in a block that takes a hidden state"
+_LATE = "they run in or after the decoder, outside of its layers"
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks of which each reads what the one before wrote, in order and by their full names.
+
+    selected: block -> {name in the block: linear to be quantized}. step: prefix of its blocks' names in a work_dir.
+    """
+
+    blocks: dict[str, nn.Module]
+    selected: dict[str, dict[str, nn.Linear]]
+    step: str
+
+    @property
+    def name(self) -> str:
+        """The block's, if there is one, else that of the module that holds them."""
+        first = next(iter(self.blocks))
+        return first if len(self.blocks) == 1 else first.rpartition(".")[0]
+
+
+@dataclass
+class Beside:
+    """What is quantized beside the decoder's layers.
+
+    stacks: in the order in which they run. rounded, left_alone: linears that are quantized by plain rounding, and
+    those that are not, and why; by their full names. batches: the numbers of those that run a stack.
+    """
+
+    stacks: list[Stack] = field(default_factory=list)
+    rounded: dict[str, str] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
+    batches: list[int] = field(default_factory=list)
+
+
+def vision_side(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The modules of the vision tower and of what lies between it and the decoder: all but the decoder, the
+    embeddings, the head and other modalities' encoders. Raises ValueError if there is no vision tower.
+    """
+    tower = find_vision_tower(model)
+    if tower is None:
+        raise ValueError(
+            f'targets="decoder+vision" needs a vision tower, but {type(model).__name__} has none that transformers\' '
+            'get_encoder("image") finds; pass targets=(module, fqn) -> bool to choose its linears yourself'
+        )
+    inside = set(tower.modules())
+    others = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings(), *layers.values()]
+    others.append(model.get_encoder(modality="audio"))
+    excluded = {
+        module
+        for other in others
+        if isinstance(other, nn.Module) and tower not in (around := set(other.modules())) and other not in inside
+        for module in around
+    }
+    return {name: module for name, module in model.named_modules() if module not in excluded}
+
+
+def linears_beside(
+    model: nn.Module, layers: Mapping[str, nn.Module], targets: Targets, filter_fn: FilterFn | None
+) -> dict[str, nn.Linear]:
+    """The linears outside of the decoder's `layers` that `targets` and filter_fn choose, by their full names.
+
+    Raises ValueError if "decoder+vision" has none.
+    """
+    if targets == "decoder":
+        return {}
+    in_layers = {module for layer in layers.values() for module in layer.modules()}
+    modules = dict(model.named_modules()) if callable(targets) else vision_side(model, layers)
+    linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and m not in in_layers}
+    filters = [f for f in (targets, filter_fn) if callable(f)]
+    chosen = {name: linear for name, linear in linears.items() if all(f(linear, name) for f in filters)}
+    if not chosen and not callable(targets):
+        raise ValueError(
+            f'targets="decoder+vision" has nothing to quantize beside the decoder: none of the {len(linears)} '
+            f"nn.Linear of the vision tower and the projector passes filter_fn; it is given names like "
+            f"{next(iter(linears), '')!r}"
+        )
+    return chosen
+
+
+def listed_blocks(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
+    """The elements of lists of modules around the linears, the outermost ones, that hold two linears or more."""
+    found = {}
+    for path in linears:
+        parent: nn.Module = model
+        for name in _prefixes(path):
+            module = model.get_submodule(name)
+            if isinstance(parent, (nn.ModuleList, nn.Sequential)) and _is_block(module):
+                found[name] = module
+                break
+            parent = module
+    return found
+
+
+def _is_block(module: nn.Module) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+        return False
+    return sum(isinstance(m, nn.Linear) for m in module.modules()) > 1
+
+
+def _prefixes(path: str) -> list[str]:
+    """ "a.b.c" -> ["a", "a.b", "a.b.c"]."""
+    parts = path.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+@torch.no_grad()
+def find_stacks(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    first_layer: nn.Module,
+    batches: Sequence[CalibrationBatch],
+    targets: Targets,
+) -> Beside:
+    """Run the model and see what the linears are part of. first_layer: the decoder's.
+
+    Raises ValueError if "decoder+vision" finds that no batch runs one of them.
+    """
+    result = Beside()
+    listed = listed_blocks(model, linears)
+    seen = _Seen(listed)
+    with hooked(_watch(model, linears, seen)):
+        for number, batch in enumerate(batches):
+            seen.begin_batch()
+            # A head is called after the decoder, where only a filter may have chosen something.
+            go = _forward_past if callable(targets) else forward_until
+            go(model, batch, first_layer, seen.begin_decoder)
+            if seen.in_this_batch:
+                result.batches.append(number)
+    if not callable(targets) and not result.batches:
+        raise ValueError(
+            f'targets="decoder+vision", but no calibration batch runs one of the {len(linears)} linears of the vision '
+            "tower and the projector: calibrate with images"
+        )
+    runs = [run for calls in seen.calls.values() for run in _runs([c for c in calls if c[0] not in seen.refused])]
+    block_of = {block: [block] for run in runs for block in run}
+    parts: dict[str, list[str]] = {}
+    for name, linear in linears.items():
+        if isinstance(linear, NonDynamicallyQuantizableLinear):
+            result.left_alone[name] = _OF_TORCH
+        elif name in seen.late:
+            result.rounded[name] = _LATE
+        elif name not in seen.called:
+            result.left_alone[name] = _NEVER_RUN
+        elif (block := _block_around(name, model, seen, set(block_of))) is None:
+            result.rounded[name] = _ALONE
+        else:
+            parts.setdefault(block, []).append(name)
+            if block not in block_of:
+                block_of[block] = [block]
+                runs.append([block])
+    order = list(seen.called)
+    for run in sorted((run for run in runs if any(b in parts for b in run)), key=lambda run: order.index(run[0])):
+        selected = {b: {n.removeprefix(f"{b}."): linears[n] for n in parts.get(b, ())} for b in run}
+        step = f"stack_{len(result.stacks):02}_block_"
+        result.stacks.append(Stack({b: model.get_submodule(b) for b in run}, selected, step))
+    return result
+
+
+def other_weights(model: nn.Module, layers: Mapping[str, nn.Module], beside: Beside) -> list[str]:
+    """Matrices (and kernels) beside the decoder that are outside of the stacks, and that no other list names."""
+    blocks = tuple(f"{block}." for stack in beside.stacks for block in stack.blocks)
+    return [
+        f"{name}.{parameter}"
+        for name, module in vision_side(model, layers).items()
+        if name not in beside.rounded and name not in beside.left_alone
+        for parameter, value in module.named_parameters(recurse=False)
+        if value.ndim > 1 and not f"{name}.".startswith(blocks)
+    ]
+
+
+def _block_around(name: str, model: nn.Module, seen: _Seen, blocks: set[str]) -> str | None:
+    """The block that the linear is in, or the largest module around it that can be one."""
+    around = _prefixes(name)[:-1]
+    for path in around:
+        if path in blocks:
+            return path
+    for path in around:
+        holds_one = any(block.startswith(f"{path}.") for block in blocks)
+        if path in seen.called and path not in seen.refused and not holds_one:
+            return path
+    return None
+
+
+class _Seen:
+    """What was called before the decoder, by full names, in the order of the first calls.
+
+    refused: called with something else than one hidden state, or returning something else.
+    calls: of the listed blocks, list by list, and whether each was called on the output of the one before.
+    late: what was called from the decoder's first layer on, and not before.
+    """
+
+    def __init__(self, listed: Mapping[str, nn.Module]) -> None:
+        self.calls: dict[str, list[tuple[str, bool]]] = {name.rpartition(".")[0]: [] for name in listed}
+        self.listed = set(listed)
+        self.called: dict[str, None] = {}
+        self.refused: set[str] = set()
+        self.late: set[str] = set()
+        self.last_output: dict[str, Tensor] = {}
+        self.in_decoder = self.in_this_batch = False
+
+    def begin_batch(self) -> None:
+        self.last_output = {}
+        self.in_decoder = self.in_this_batch = False
+
+    def begin_decoder(self) -> None:
+        self.in_decoder = True
+
+    def record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self.in_decoder:
+            if name not in self.called:
+                self.late.add(name)
+            return
+        self.in_this_batch = True
+        self.called[name] = None
+        call, output = ModuleCall.record(args, kwargs), first_tensor(output)
+        hidden = dict([*enumerate(call.args), *call.kwargs.items()]).get(call.hidden_key)
+        if not (_is_hidden(hidden) and _is_hidden(output)):
+            self.refused.add(name)
+        elif name in self.listed:
+            parent = name.rpartition(".")[0]
+            before = self.last_output.get(parent)
+            self.calls[parent].append((name, before is not None and torch.equal(before, hidden)))
+            self.last_output[parent] = output
+
+
+def _is_hidden(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
+
+
+def _watch(model: nn.Module, linears: Mapping[str, nn.Linear], seen: _Seen) -> Iterator[Any]:
+    for name in dict.fromkeys(prefix for path in linears for prefix in _prefixes(path)):
+        yield model.get_submodule(name).register_forward_hook(partial(seen.record, name), with_kwargs=True)
+
+
+def _runs(calls: Sequence[tuple[str, bool]]) -> list[list[str]]:
+    """The blocks cut into runs: within one, each is called on the output of the one before, every time."""
+    order = list(dict.fromkeys(name for name, _ in calls))
+    counts = Counter(name for name, _ in calls)
+    runs: list[list[str]] = []
+    for before, name in zip([None, *order], order, strict=False):
+        follows = all(
+            chained and calls[i - 1][0] == before for i, (other, chained) in enumerate(calls) if other == name
+        )
+        if follows and counts[name] == counts[before or name]:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return runs
+
+
+@torch.no_grad()
+def capture_passes(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    batches: Sequence[CalibrationBatch],
+    first_layer: nn.Module,
+) -> list[BlockStream]:
+    """As `capture_streams`, of a stack that runs before the decoder, any number of times: a stream a pass."""
+    streams: list[BlockStream] = []
+
+    def record(index: int, where: str, *call: Any) -> None:
+        if index == 0:
+            streams.append(BlockStream())
+        record_call(streams[-1], index, where, *call)
+
+    for number, batch in enumerate(batches):
+        hooks = (
+            block.register_forward_hook(
+                partial(record, index, f"{name} on calibration batch {number}"), with_kwargs=True
+            )
+            for index, (name, block) in enumerate(blocks.items())
+        )
+        with hooked(hooks):
+            forward_until(model, batch, first_layer)
+    for stream in streams:
+        stream.last_output = None
+    return streams
+
+
+class _DecoderReached(Exception):
+    """Ends a forward whose rest is not needed."""
+
+
+def forward_until(
+    model: nn.Module, batch: CalibrationBatch, first_layer: nn.Module, at_decoder: Callable[[], None] = lambda: None
+) -> None:
+    """Run the model up to the decoder's first layer."""
+
+    def reached() -> None:
+        at_decoder()
+        raise _DecoderReached
+
+    with suppress(_DecoderReached):
+        _forward_past(model, batch, first_layer, reached)
+
+
+def _forward_past(
+    model: nn.Module, batch: CalibrationBatch, first_layer: nn.Module, at_decoder: Callable[[], None]
+) -> None:
+    with hooked([first_layer.register_forward_pre_hook(lambda module, args: at_decoder())]):
+        forward(model, batch, logits_to_keep=1)
