@@ -193,9 +193,9 @@ def mbq_config(
     vision: a torchao config for the linears of the vision tower, by plain rounding, such as torchao's
         Int8DynamicActivationInt8WeightConfig() or our Int8DynamicActivationInt4WeightMBQConfig(). None: the tower
         stays as it is, as in the paper's main tables.
-    filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` of the vision tower,
-        to quantize; None: all of them.
-    scale_groups: use these groups (names relative to a block) instead of looking for them.
+    filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` or `targets` of the
+        vision tower, to quantize; None: all of them.
+    scale_groups: use these groups (names relative to a decoder layer) instead of looking for them.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
     targets: what is calibrated. "decoder": its layers. "decoder+vision": also the vision tower's blocks and the
         projector, in the same precision and by the same search, on the images of calib_data, with all patches
@@ -241,11 +241,12 @@ def quantize_(
     Any other config is handed to torchao's own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
-    device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder
-        layers go there one at a time, so a model larger than the device's memory can be calibrated.
+    device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder layers (and
+        with `targets` the vision tower's blocks) go there one at a time, so a model larger than the device's memory
+        can be calibrated.
         None: each layer stays where it is.
     progress: show progress bars.
-    work_dir: a folder, made if missing, in which each decoder layer's scales are kept as soon as they are found. If
+    work_dir: a folder, made if missing, in which each block's scales are kept as soon as they are found. If
         this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit as an
         uninterrupted one would have (same machine, same versions; others warn). Raises ValueError naming what
         differs if the folder is of another model, other data or another config (`vision` may be another), and if

@@ -1,4 +1,4 @@
-"""The decoder's blocks, and what each of them is called with.
+"""The decoder's blocks, and what each of them is called with (those beside the decoder: stacks.py).
 
 One forward of the whole model records, for every block and batch, the arguments beside the hidden
 state (attention mask, position embeddings, ...), so that a block can be replayed alone:

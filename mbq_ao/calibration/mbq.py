@@ -1,8 +1,9 @@
 """MBQ, modality-balanced quantization: the main job, top to bottom. Start reading at `calibrate`.
 
-    find the blocks -> run the model once, record how each block is called
-    -> find the scale groups -> measure how sensitive the loss is to each modality
-    -> for each block and group: search the scale, plan the fold, quantize
+    find the blocks: the decoder's layers and, before them, what `targets` adds (stacks.py)
+    -> for each stack of blocks: run the model once, record how each block is called
+       -> find the scale groups -> in the decoder, measure how sensitive the loss is to each modality
+       -> for each block and group: search the scale, plan the fold, quantize
     -> check that folding alone leaves the logits unchanged -> put the plan into the model
 
 Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", arXiv 2412.19509.
@@ -19,8 +20,9 @@ Memory beyond the model (and `device`), at the peak at most:
     + 4.5 times the hidden states of all calibration tokens, 10 times with error propagation: the stream, and the
       inputs, targets and outputs of one group at a time
 
-(measured in test/calibration/test_memory.py). The sensitivity pass needs less: one hidden state a block and the
-activations of one block for one batch at a time, no weight gradients; and logits of the answers only.
+(measured in test/calibration/test_memory.py). Of several stacks one at a time counts, with its own tokens. The
+sensitivity pass needs less: one hidden state a block and the activations of one block for one batch at a time, no
+weight gradients; and logits of the answers only.
 """
 
 from __future__ import annotations
@@ -33,8 +35,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch import nn
 from tqdm.auto import tqdm
 
 from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
@@ -42,6 +43,7 @@ from mbq_ao.calibration.block import BlockCalibrator
 from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
+from mbq_ao.calibration.plan import Plan
 from mbq_ao.calibration.report import CalibrationReport, GroupReport
 from mbq_ao.calibration.residency import computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
@@ -58,47 +60,6 @@ from mbq_ao.calibration.stacks import (
 )
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
 from mbq_ao.calibration.work_dir import State, Store, describe_run
-
-
-@dataclass
-class Plan:
-    """New parameters for some modules, to be set all at once."""
-
-    parameters: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Inside, the modules have the new parameters."""
-        before = [(module._parameters, name, module._parameters[name]) for module, name, _ in self.parameters]
-        try:
-            for module, name, value in self.parameters:
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
-            yield
-        finally:
-            for table, name, parameter in before:
-                table[name] = parameter
-
-    def apply(self, model: nn.Module, device: torch.device | None = None) -> None:
-        """Set every parameter and move the model to `device` (None: leave it where it is), or do nothing.
-
-        An exception in between (out of memory, Ctrl-C) puts the old parameters back, where they were.
-        """
-        homes = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-        tables = [(table, dict(table)) for m in model.modules() for table in (m._parameters, m._buffers)]
-        try:
-            for module, name, value in self.parameters:
-                before = module._parameters[name]
-                trainable = before is not None and before.requires_grad and not is_traceable_wrapper_subclass(value)
-                module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
-            if device is not None:
-                model.to(device)
-        except BaseException:
-            for table, entries in tables:
-                table.update(entries)
-            for tensor, data in homes:
-                if not is_traceable_wrapper_subclass(tensor):  # `Module.to` makes new parameters of those
-                    tensor.data = data
-            raise
 
 
 def calibrate(

@@ -48,7 +48,7 @@ class CalibrationReport:
         are, and why.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     num_linears, nbytes_before, nbytes_after: the calibrated linears, and bytes of their weights.
-    seconds: of this call. num_resumed: decoder layers whose scales an earlier call had left in work_dir.
+    seconds: of this call. num_resumed: blocks whose scales an earlier call had left in work_dir.
     """
 
     settings: dict[str, Any]
@@ -125,9 +125,9 @@ class CalibrationReport:
             lines.append(
                 f"vision tower: {len(self.vision)} linears rounded without calibration, {self.settings.get('vision')}"
             )
-        for names, what in ((self.rounded, "rounded without calibration"), (self.left_alone, "left as they are")):
-            for reason in dict.fromkeys(names.values()):
-                lines.append(f"{what} ({reason}): {some([name for name, why in names.items() if why == reason])}")
+        for found, what in ((self.rounded, "rounded without calibration"), (self.left_alone, "left as they are")):
+            for reason in dict.fromkeys(found.values()):
+                lines.append(f"{what} ({reason}): {some([name for name, why in found.items() if why == reason])}")
         if self.not_scaled:
             lines.append(f"rounded without a scale: {some(self.not_scaled)}")
         if self.not_quantized:

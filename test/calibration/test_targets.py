@@ -23,6 +23,7 @@ from models import (
     snapshot,
 )
 from refusals import refused
+from test_memory import LiveBytes
 from test_work_dir import parts
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -37,6 +38,7 @@ from mbq_ao.calibration.stacks import _runs, forward_until, linears_beside, list
 VLMS = [family for family in CONFIGS if family not in TEXT_ONLY]
 KINDS: Any = {"w3a16": MBQInt3Tensor, "w4a8": MBQW4A8Tensor}
 BOTH = "decoder+vision"
+CONFIGS_LLAVA = CONFIGS["llava"]
 
 
 def calib_data(family: str) -> list[dict[str, Any]]:
@@ -294,10 +296,10 @@ def test_half_precision() -> None:
         assert model(**model_inputs(data[0])).logits.isfinite().all()
 
 
-@pytest.mark.parametrize(("hidden", "patch"), [(1152, 4304), (588, 100)])
-def test_widths_that_no_tile_divides(hidden: int, patch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("hidden", "intermediate"), [(588, 100), (72, 268)])
+def test_widths_that_no_tile_divides(hidden: int, intermediate: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = CONFIGS["llava"]()
-    config.vision_config.hidden_size, config.vision_config.intermediate_size = hidden, patch
+    config.vision_config.hidden_size, config.vision_config.intermediate_size = hidden, intermediate
     config.vision_config.num_hidden_layers = 1
     config.vision_feature_layer = -1
     monkeypatch.setitem(CONFIGS, "llava", lambda: config)
@@ -305,7 +307,7 @@ def test_widths_that_no_tile_divides(hidden: int, patch: int, monkeypatch: pytes
     report = quantized(model, [build_batch("llava")], group_size=128, n_grid=2)
     assert {m.weight.shape[1] for m in model.model.vision_tower.modules() if isinstance(m, nn.Linear)} == {
         hidden,
-        patch,
+        intermediate,
     }
     assert all(is_quantized(m.weight) for m in model.model.vision_tower.modules() if isinstance(m, nn.Linear))
     with torch.no_grad():
@@ -551,6 +553,7 @@ def test_work_dir_of_a_decoder_alone_is_taken_up(tmp_path: Path, monkeypatch: py
     assert report.num_resumed == 2 and state(model) == state(llava()[0])
 
 
+@pytest.mark.filterwarnings("ignore:.*is computed again")
 def test_work_dir_of_other_linears_of_the_tower_is_not(tmp_path: Path) -> None:
     quantized(build_model("llava"), calib_data("llava"), work_dir=tmp_path)
     model, narrowed = build_model("llava"), lambda m, fqn: "k_proj" not in fqn or "vision" not in fqn
@@ -597,6 +600,26 @@ def test_the_blocks_of_the_tower_are_among_those_that_come_and_go(monkeypatch: p
     quantized(model, calib_data("llava"), device="cpu")
     assert given == [*model.get_decoder().layers, *model.model.vision_tower.encoder.layers]
     assert state(model) == state(llava()[0])
+
+
+@pytest.mark.parametrize("num_batches", [2, 6])
+def test_a_block_more_in_the_tower_costs_its_packed_weights(num_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not an unpacked copy of the block, nor a hidden state of every batch."""
+
+    def peak(num_layers: int) -> int:
+        config = CONFIGS_LLAVA()
+        config.vision_config.num_hidden_layers, config.vision_config.hidden_size = num_layers, 64
+        monkeypatch.setitem(CONFIGS, "llava", lambda: config)
+        model, data = build_model("llava"), [build_batch("llava", seed=i) for i in range(num_batches)]
+        given = [*model.parameters(), *model.buffers(), *(value for batch in data for value in batch.values())]
+        with LiveBytes(given) as live:
+            quantized(model, data, group_size=64, n_grid=2)
+        return live.peak
+
+    grown = (peak(6) - peak(2)) / 4
+    num_weights = 4 * 64 * 64 + 2 * 64 * CONFIGS_LLAVA().vision_config.intermediate_size
+    # Tiles pad the weights of this small model to twice their size; a plain copy would be 4 bytes a weight.
+    assert grown <= 1.25 * (2 * num_weights * 3 / 8 + 5 * num_weights / 64)
 
 
 def test_a_forward_is_ended_at_the_decoder(model: nn.Module) -> None:
