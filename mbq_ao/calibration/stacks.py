@@ -135,7 +135,7 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _prefixes(path: str) -> list[str]:
-    """ "a.b.c" -> ["a", "a.b", "a.b.c"]."""
+    """The modules on the way to one: "a.b.c" -> ["a", "a.b", "a.b.c"]."""
     parts = path.split(".")
     return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
@@ -169,7 +169,7 @@ def find_stacks(
             "tower and the projector: calibrate with images"
         )
     runs = [run for calls in seen.calls.values() for run in _runs([c for c in calls if c[0] not in seen.refused])]
-    block_of = {block: [block] for run in runs for block in run}
+    blocks = {block for run in runs for block in run}
     parts: dict[str, list[str]] = {}
     for name, linear in linears.items():
         if isinstance(linear, NonDynamicallyQuantizableLinear):
@@ -178,12 +178,12 @@ def find_stacks(
             result.rounded[name] = _LATE
         elif name not in seen.called:
             result.left_alone[name] = _NEVER_RUN
-        elif (block := _block_around(name, model, seen, set(block_of))) is None:
+        elif (block := _block_around(name, seen, blocks)) is None:
             result.rounded[name] = _ALONE
         else:
             parts.setdefault(block, []).append(name)
-            if block not in block_of:
-                block_of[block] = [block]
+            if block not in blocks:
+                blocks.add(block)
                 runs.append([block])
     order = list(seen.called)
     for run in sorted((run for run in runs if any(b in parts for b in run)), key=lambda run: order.index(run[0])):
@@ -205,7 +205,7 @@ def other_weights(model: nn.Module, layers: Mapping[str, nn.Module], beside: Bes
     ]
 
 
-def _block_around(name: str, model: nn.Module, seen: _Seen, blocks: set[str]) -> str | None:
+def _block_around(name: str, seen: _Seen, blocks: set[str]) -> str | None:
     """The block that the linear is in, or the largest module around it that can be one."""
     around = _prefixes(name)[:-1]
     for path in around:
