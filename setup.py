@@ -23,6 +23,9 @@ setup(
     license="BSD-3-Clause",
     python_requires=">=3.11",
     packages=find_packages(include=["mbq_ao", "mbq_ao.*"]),
+    py_modules=["_mbq_ao_autoload"],
+    # torch imports what is listed here at the end of its own import; see the module.
+    entry_points={"torch.backends": ["mbq_ao = _mbq_ao_autoload:install"]},
     package_data={"mbq_ao": ["py.typed"], "mbq_ao.demo": ["*.safetensors"]},
     # The lower bounds are the versions the tests have been run with, not guesses.
     install_requires=[

@@ -16,11 +16,15 @@ The tree, and which way imports go (each line imports only from lines above it):
     vision_tower.py        the vision tower's linears, by plain rounding
     calibration/           MBQ itself; never imported at serve time. Start reading at calibration/mbq.py
     quantize.py            mbq_config and quantize_, the front door
+    safetensors_format.py  quantized weights in safetensors files: the checkpoint format
+    generation.py          compiled `model.generate`
+    hf_quantizer.py        quant_method "mbq" of transformers; pretrained.py: save_pretrained, from_pretrained
     demo/                  a real small vision-language model, and `python -m mbq_ao demo`
 """
 
 import importlib
 
+import _mbq_ao_autoload
 from mbq_ao._quiet import import_torchao
 
 import_torchao()
@@ -41,10 +45,15 @@ __all__ = [
     "MBQW4A8Tensor",
     "ScaleGroup",
     "calibration_data",
+    "compile_for_generation",
     "compile_options",
+    "from_pretrained",
     "fuse_linears_",
+    "load_safetensors",
     "mbq_config",
     "quantize_",
+    "save_pretrained",
+    "save_safetensors",
     "tune",
     "unfuse_linears_",
 ]
@@ -55,8 +64,13 @@ _LAZY = {
     "CalibrationReport": "mbq_ao.calibration.report",
     "ScaleGroup": "mbq_ao.calibration.fold",
     "calibration_data": "mbq_ao.calibration.data",
+    "compile_for_generation": "mbq_ao.generation",
     "compile_options": "mbq_ao.fuse_linears",
+    "from_pretrained": "mbq_ao.pretrained",
     "fuse_linears_": "mbq_ao.fuse_linears",
+    "load_safetensors": "mbq_ao.safetensors_format",
+    "save_pretrained": "mbq_ao.pretrained",
+    "save_safetensors": "mbq_ao.safetensors_format",
     "tune": "mbq_ao.tuning",
     "unfuse_linears_": "mbq_ao.fuse_linears",
 }
@@ -66,3 +80,6 @@ def __getattr__(name: str) -> object:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+_mbq_ao_autoload.install()  # so that transformers can load our checkpoints

@@ -16,6 +16,7 @@ from mbq_ao.kernels import int3_ops  # noqa: F401  (registers torch.ops.mbq_ao)
 from mbq_ao.kernels.int3_layout import TILE_K, TILE_N, check_qdata, pack_int3, unpack_int3_rows
 from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, checked_group_size, checked_pre_scale
 from mbq_ao.quant_primitives import (
+    by_row_slabs,
     choose_qparams_affine,
     dequantize_affine,
     fake_quantize_affine,
@@ -87,11 +88,14 @@ class MBQInt3Tensor(PackedWeight):
         Raises ValueError for anything else, and if w or act_pre_scale holds a NaN or an infinity.
         """
         g = checked_group_size(w, group_size)
-        w = w.detach()
-        scale, zero_point = choose_qparams_affine(w, group_size=g)
+
+        def quantize(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            scale, zero_point = choose_qparams_affine(x, group_size=g, scale_dtype=w.dtype)
+            return pack_int3(quantize_affine(x, scale, zero_point, group_size=g)), scale, zero_point
+
+        qdata, scale, zero_point = by_row_slabs(quantize, w.detach(), TILE_N)
         check_finite(w, scale)
-        q = quantize_affine(w, scale, zero_point, group_size=g)
-        return cls(pack_int3(q), scale, zero_point, [1, g], tuple(w.shape), checked_pre_scale(act_pre_scale, w))
+        return cls(qdata, scale, zero_point, [1, g], tuple(w.shape), checked_pre_scale(act_pre_scale, w))
 
     @staticmethod
     def fake_quantize(w: Tensor, group_size: int | None = 128) -> Tensor:

@@ -15,17 +15,44 @@ short: K need not be a multiple of the group size.
 Nothing here knows how values are packed; see kernels/int3_layout.py.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from mbq_ao.kernels.reference import dequantize_groups, group_views
 
 _MIN_RANGE = 1e-5  # of a group's max - min: a constant group keeps a usable scale
+_SLAB_CPU = 1 << 18  # weights a thread works on at a time: a dozen passes over them find them in its cache
+_SLAB = 1 << 24  # of a GPU: enough to keep it busy, and 64 MiB for an fp32 copy of them
 
 
 def num_groups(k: int, group_size: int) -> int:
     """How many groups cover k columns; the last may be short."""
     return -(-k // group_size)
+
+
+def by_row_slabs(fn: Callable[[Tensor], tuple[Tensor, ...]], w: Tensor, multiple: int = 1) -> tuple[Tensor, ...]:
+    """fn of a few rows of w at a time, in fp32, and its results joined along their first dimension.
+
+    So what fn computes on the way takes memory for a few rows, not for all of w (N, K). Every slab but the last has
+    a multiple of `multiple` rows. What fn makes of a row must not depend on the others.
+    """
+    n, k = w.shape
+    slab = _SLAB_CPU * torch.get_num_threads() if w.device.type == "cpu" else _SLAB
+    rows = max(slab // max(k * multiple, 1), 1) * multiple
+    slabs = w.split(rows)
+    parts = fn(slabs[0].to(torch.float32))  # at once: reductions over 16-bit values are twice as slow
+    if len(slabs) == 1:
+        return parts
+    # So many rows of each result come from `rows` of w; the last slab may have fewer.
+    joined = tuple(part.new_empty((-(-n * part.shape[0] // rows), *part.shape[1:])) for part in parts)
+    places = zip(*(whole.split(part.shape[0]) for whole, part in zip(joined, parts, strict=True)), strict=True)
+    for index, (some, some_places) in enumerate(zip(slabs, places, strict=True)):
+        parts = fn(some.to(torch.float32)) if index else parts
+        for place, part in zip(some_places, parts, strict=True):
+            place.copy_(part)
+    return joined
 
 
 def choose_qparams_affine(
@@ -84,14 +111,17 @@ def fake_quantize_affine(w: Tensor, *, group_size: int, num_bits: int = 3) -> Te
     The integers stay fp32 in place: no uint8, no packing. Calibration calls this in its loop.
     """
     _check_matrix(w)
-    x = w.to(torch.float32)  # at once: reductions over 16-bit values are twice as slow
-    scale, z = _choose_qparams(x, group_size, num_bits, w.dtype)
-    d = scale.to(torch.float32)
-    pieces = []
-    for columns, groups in group_views(x, group_size):
-        d_, z_ = d[:, groups, None], z[:, groups, None]
-        pieces.append(_round_to_grid(columns, d_, z_, num_bits).sub_(z_).mul_(d_).flatten(1))
-    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).to(w.dtype)
+
+    def fake_quantize(x: Tensor) -> tuple[Tensor]:
+        scale, z = _choose_qparams(x, group_size, num_bits, w.dtype)
+        d = scale.to(torch.float32)
+        pieces = []
+        for columns, groups in group_views(x, group_size):
+            d_, z_ = d[:, groups, None], z[:, groups, None]
+            pieces.append(_round_to_grid(columns, d_, z_, num_bits).sub_(z_).mul_(d_).flatten(1))
+        return ((pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)).to(w.dtype),)
+
+    return by_row_slabs(fake_quantize, w)[0]
 
 
 def _choose_qparams(w: Tensor, group_size: int, num_bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

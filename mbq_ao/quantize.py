@@ -17,6 +17,7 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig, show_weight
 from mbq_ao.int3_tensor import MBQInt3Tensor
 from mbq_ao.packed_weight import PackedWeight
+from mbq_ao.quant_primitives import by_row_slabs
 from mbq_ao.vision_tower import rounded_weights, vision_linears
 from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
@@ -111,8 +112,14 @@ class W3A16Quantizer:
     group_size: int | None
 
     def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
-        rounded = MBQInt3Tensor.fake_quantize(_scaled(weight, s), self.group_size)
-        return rounded if s is None else rounded / s.to(weight.dtype)
+        if s is None:
+            return MBQInt3Tensor.fake_quantize(weight, self.group_size)
+
+        def rounded(x: Tensor) -> tuple[Tensor]:
+            return (MBQInt3Tensor.fake_quantize(_scaled(x, s, dtype), self.group_size) / s.to(dtype),)
+
+        dtype = weight.dtype
+        return by_row_slabs(rounded, weight)[0]
 
     def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
         return MBQInt3Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
@@ -138,8 +145,8 @@ class W4A8Quantizer:
         return MBQW4A8Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
 
 
-def _scaled(weight: Tensor, s: Tensor | None) -> Tensor:
-    return weight if s is None else (weight.float() * s).to(weight.dtype)
+def _scaled(weight: Tensor, s: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+    return weight if s is None else (weight.float() * s).to(dtype or weight.dtype)
 
 
 def _inverse(weight: Tensor, s: Tensor | None) -> Tensor | None:
@@ -232,6 +239,7 @@ def quantize_(
     *,
     progress: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
+    distributed: bool = True,
 ) -> CalibrationReport | None:
     """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
 
@@ -252,6 +260,11 @@ def quantize_(
         differs if the folder is of another model, other data or another config (`vision` may be another), and if
         another process uses it; OSError if it cannot be written, with the layers before kept. The folder stays at the
         end, and the same call on the unquantized model finishes quickly from it; delete it when you like.
+    distributed: where torch.distributed is initialised (torchrun, accelerate launch), all ranks make this call, with
+        the same model and all of calib_data; each runs a share of the batches on its `device`, and all end with the
+        very model that one alone would make (see calibration/ranks.py). Call it before wrapping the model in DDP or
+        FSDP. work_dir is rank 0's. Raises ValueError on all ranks if they were called with different things,
+        RuntimeError if another rank fails. False: this process on its own, so that it may be called on one rank.
 
     If it raises, or is interrupted, the model's parameters and buffers are what they were.
 
@@ -266,32 +279,36 @@ def quantize_(
         return None
 
     from mbq_ao.calibration.mbq import calibrate
+    from mbq_ao.calibration.ranks import joined_ranks
     from mbq_ao.calibration.work_dir import open_work_dir
+    from mbq_ao.pretrained import attach
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
-    # Before the work, as it may raise; calibration does not touch the tower.
-    tower = {} if config.vision is None else vision_linears(model, passes)
-    if callable(config.targets) and (both := [n for n, m in tower.items() if config.targets(m, n)]):
-        raise ValueError(
-            f"targets and vision={type(config.vision).__name__} both quantize {both[0]} ({len(both)} linears in all); "
-            "leave the vision tower out of one of them"
-        )
-    tower_weights = {} if config.vision is None else rounded_weights(tower, config.vision)
-    with open_work_dir(work_dir) as store:
+    to = None if device is None else torch.device(device)
+    with joined_ranks(distributed) as ranks, open_work_dir(work_dir if ranks.is_first else None) as store:
+        # Before the work, as it may raise; calibration does not touch the tower.
+        tower = {} if config.vision is None else vision_linears(model, passes)
+        if callable(config.targets) and (both := [n for n, m in tower.items() if config.targets(m, n)]):
+            raise ValueError(
+                f"targets and vision={type(config.vision).__name__} both quantize {both[0]} ({len(both)} linears in "
+                "all); leave the vision tower out of one of them"
+            )
+        tower_weights = {} if config.vision is None else rounded_weights(tower, config.vision)
         plan, report = calibrate(
             model,
             config.calib_data,
             config.settings(),
             filter_fn=passes,
-            device=None if device is None else torch.device(device),
+            device=to,
             progress=progress,
             store=store,
+            ranks=ranks,
         )
-    plan.parameters += [(tower[name], "weight", weight) for name, weight in tower_weights.items()]
-    report.vision = list(tower_weights)
-    report.not_quantized += [name for name in tower if name not in tower_weights]
-    plan.apply(model, None if device is None else torch.device(device))
+        plan.parameters += [(tower[name], "weight", weight) for name, weight in tower_weights.items()]
+        report.vision = list(tower_weights)
+        report.not_quantized += [name for name in tower if name not in tower_weights]
+        plan.apply(model, to, ranks)
     for module, _, value in plan.parameters:
         if isinstance(value, PackedWeight):
             show_weight(module)
@@ -302,6 +319,7 @@ def quantize_(
         "vision": None if config.vision is None else type(config.vision).__name__,
         "targets": "filter" if callable(config.targets) else config.targets,
     }
+    attach(model, report)
     return report
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from mbq_ao.kernels import w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
 from mbq_ao.kernels.int4_layout import TILE_K, TILE_N, check_int4_qdata, pack_int4, unpack_int4_rows
 from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, checked_group_size, checked_pre_scale
-from mbq_ao.quant_primitives import choose_scale_symmetric, dequantize_affine, quantize_symmetric
+from mbq_ao.quant_primitives import by_row_slabs, choose_scale_symmetric, dequantize_affine, quantize_symmetric
 
 
 class MBQW4A8Tensor(PackedWeight):
@@ -74,11 +74,14 @@ class MBQW4A8Tensor(PackedWeight):
         Raises ValueError for anything else, and if w or act_pre_scale holds a NaN or an infinity.
         """
         g = checked_group_size(w, group_size)
-        w = w.detach()
-        scale = choose_scale_symmetric(w, group_size=g)
+
+        def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+            scale = choose_scale_symmetric(x, group_size=g, scale_dtype=w.dtype)
+            return pack_int4(quantize_symmetric(x, scale, group_size=g)), scale
+
+        qdata, scale = by_row_slabs(quantize, w.detach(), TILE_N)
         check_finite(w, scale)
-        q = quantize_symmetric(w, scale, group_size=g)
-        return cls(pack_int4(q), scale, [1, g], tuple(w.shape), checked_pre_scale(act_pre_scale, w))
+        return cls(qdata, scale, [1, g], tuple(w.shape), checked_pre_scale(act_pre_scale, w))
 
     def dequantize(self) -> Tensor:
         k = self.shape[0] if self.transposed else self.shape[1]

@@ -32,6 +32,7 @@ class CalibrationBatch:
     vision: (B, T) bool, tokens that stand for image or video patches.
     answer: (B, T) bool, tokens of the answer (labels != -100 unless overridden).
     valid: (B, T) bool, tokens that are not padding.
+    index: its place in calib_data.
     """
 
     inputs: dict[str, Any]
@@ -39,6 +40,7 @@ class CalibrationBatch:
     vision: Tensor
     answer: Tensor
     valid: Tensor
+    index: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -144,7 +146,7 @@ def _make_batch(model: nn.Module, raw: Mapping[str, Any], index: int, device: to
     labels = labels.long()
     if answer is None:
         answer = labels != IGNORE_INDEX
-    return CalibrationBatch(inputs, labels, vision, answer, valid)
+    return CalibrationBatch(inputs, labels, vision, answer, valid, index)
 
 
 def _checked_mask(batch: Mapping[str, Any], key: str, shape: tuple[int, ...], index: int) -> Tensor | None:

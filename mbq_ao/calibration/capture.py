@@ -167,11 +167,11 @@ def capture_streams(
     forward does not call every block once and in order.
     """
     streams = []
-    for number, batch in enumerate(batches):
+    for batch in batches:
         stream = BlockStream()
         hooks = (
             block.register_forward_hook(
-                partial(record_call, stream, index, f"{name} on calibration batch {number}"), with_kwargs=True
+                partial(record_call, stream, index, f"{name} on calibration batch {batch.index}"), with_kwargs=True
             )
             for index, (name, block) in enumerate(blocks.items())
         )
@@ -180,7 +180,7 @@ def capture_streams(
         if len(stream.calls) != len(blocks):
             raise RuntimeError(
                 f"{type(model).__name__} made {len(stream.calls)} calls of its {len(blocks)} blocks on calibration "
-                f"batch {number}; every block must run once: pass the right ones as blocks=[...]"
+                f"batch {batch.index}; every block must run once: pass the right ones as blocks=[...]"
             )
         stream.last_output = None
         streams.append(stream)

@@ -10,8 +10,9 @@ Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", 
 
 `calibrate` never changes the model. It returns a Plan, whose `apply` sets all new parameters or none,
 so a failure or Ctrl-C at any point leaves the model as it was; with a work_dir the next call goes on from there
-(calibration/work_dir.py). The price is that the packed weights lie beside the original ones until the end: 3.25 bits
-a weight for w3a16 at group size 128, 4 for w4a8.
+(calibration/work_dir.py). Several processes may share the batches (calibration/ranks.py).
+The price is that the packed weights lie beside the original ones until the end: 3.25 bits a weight for w3a16 at group
+size 128, 4 for w4a8.
 
 Memory beyond the model (and `device`), at the peak at most:
 
@@ -35,7 +36,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
@@ -44,11 +45,13 @@ from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
 from mbq_ao.calibration.plan import Plan
+from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import CalibrationReport, GroupReport
 from mbq_ao.calibration.residency import computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
 from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe, Targets
+from mbq_ao.calibration.shared_store import SharedStore, agree
 from mbq_ao.calibration.stacks import (
     Beside,
     Stack,
@@ -59,7 +62,7 @@ from mbq_ao.calibration.stacks import (
     other_weights,
 )
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
-from mbq_ao.calibration.work_dir import State, Store, describe_run
+from mbq_ao.calibration.work_dir import State, Store, describe_data, describe_run
 
 
 def calibrate(
@@ -71,11 +74,13 @@ def calibrate(
     device: torch.device | None = None,
     progress: bool = True,
     store: Store | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[Plan, CalibrationReport]:
     """Find the scales and quantize every selected linear, without changing the model.
 
     device: where to compute; the blocks (decoder layers) are copied there one at a time. None: where they are.
     store: remembers finished steps, see `open_work_dir`; None: nothing does.
+    ranks: who shares the work; rank 0 shows the progress and uses the store.
     """
     begin = time.perf_counter()
     if torch.is_inference_mode_enabled():
@@ -91,22 +96,26 @@ def calibrate(
     owners = owners_of_parameters(model)
     check_linears({"": linears, **decoder.selected}, owners)
     batches = collect_batches(model, calib_data, device)
+    ranks.split([batch.num_tokens for batch in batches])
+    progress = progress and ranks.is_first
     store = store or Store()
+    store = store if ranks.size == 1 else SharedStore(ranks, store)
+    agree(ranks, lambda: dict.fromkeys(linears, ""), "call quantize_ with the same targets and filter_fn on each")
     store.check(lambda: describe_run(model, batches, settings, decoder.selected, progress=progress))
 
     with evaluating(model), computing_on(device, model, [*layers.values(), *listed_blocks(model, linears).values()]):
-        beside = find_stacks(model, linears, first_layer, batches, settings.targets) if linears else Beside()
+        beside = find_stacks(model, linears, first_layer, batches, settings.targets, ranks) if linears else Beside()
         work = _Work(model, batches, settings, owners, device, store, progress)
         for stack in beside.stacks:
-            work.calibrate(stack, partial(capture_passes, model, stack.blocks, batches, first_layer), masks=None)
+            passes = ranks.of_parts(stack.passes)
+            work.calibrate(stack, partial(capture_passes, model, stack, batches, first_layer, passes), None, passes)
         work.round({name: linears[name] for name in beside.rounded})
         if any(decoder.selected.values()):
-            work.calibrate(
-                decoder, partial(capture_streams, model, layers, batches), masks=Masks.of(batches, settings.recipe)
-            )
+            masks = Masks.of(batches, settings.recipe)
+            work.calibrate(decoder, partial(capture_streams, model, layers, ranks.mine(batches)), masks, ranks)
         outputs = [list(stack.blocks)[-1] for stack in beside.stacks]
-        seeing = [batches[i] for i in beside.batches] or batches
-        work.report.logits_error = check_logits(model, work.blocks, work.scalings, seeing, outputs)
+        seeing = [batch for i, batch in enumerate(batches) if any(stack.passes[i] for stack in beside.stacks)]
+        work.report.logits_error = check_logits(model, work.blocks, work.scalings, seeing or batches, outputs)
 
     plan, report = work.plan, work.report
     report.rounded, report.left_alone = beside.rounded, beside.left_alone
@@ -115,6 +124,7 @@ def calibrate(
         report.stacks = {stack.name: list(stack.blocks) for stack in work.stacks}
     if settings.targets == "decoder+vision":
         report.not_quantized += other_weights(model, layers, beside)
+    report.calibration = describe_data(batches)
     report.seconds = time.perf_counter() - begin
     return plan, report
 
@@ -137,11 +147,13 @@ class _Work:
     groups: dict[str, list[ScaleGroup]] = field(default_factory=dict)
     scalings: dict[str, list[Scaling]] = field(default_factory=dict)
 
-    def calibrate(self, stack: Stack, capture: Callable[[], list[BlockStream]], masks: Masks | None) -> None:
+    def calibrate(
+        self, stack: Stack, capture: Callable[[], list[BlockStream]], masks: Masks | None, ranks: Ranks
+    ) -> None:
         """Search the scales of a stack and plan its new parameters, block by block.
 
         masks: of the text's tokens. None beside the decoder: all tokens count alike there, as none is an answer, and
-        `scale_groups`, whose names are a decoder layer's, are not meant.
+        `scale_groups`, whose names are a decoder layer's, are not meant. ranks: who shares what `capture` returns.
         """
         model, store, blocks, selected = self.model, self.store, stack.blocks, stack.selected
         settings = replace(self.settings, scale_groups=None) if masks is None else self.settings
@@ -153,11 +165,13 @@ class _Work:
             with self.plan.in_place():
                 for stream, behind in zip(streams, capture(), strict=True):
                     stream.start_behind(behind)
-        groups = find_groups(self.owners, blocks, streams, settings, selected, self.device)
+        find = partial(find_groups, self.owners, blocks, streams, settings, selected, self.device)
+        groups = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
         raw_ratios: dict[ModuleName, float] = {}
         if masks is not None and settings.balance and any(b.vision.any() for b in self.batches):
             inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
-            measure = partial(_measure, model, blocks, inspected, self.batches, masks, self.progress)
+            own, answers = ranks.mine(self.batches), ranks.mine(masks.answer)
+            measure = partial(_measure, model, blocks, inspected, own, answers, ranks, self.progress)
             state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
         ratios = floor_at_median(raw_ratios)
@@ -167,7 +181,9 @@ class _Work:
         for index, (name, block) in enumerate(bar):
             block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
             with resident_on(self.device, block):
-                worker = BlockCalibrator(name, block, index, streams, masks, settings, block_ratios, selected[name])
+                worker = BlockCalibrator(
+                    name, block, index, streams, masks, settings, block_ratios, selected[name], ranks
+                )
                 search = partial(_search, worker, groups[name], raw_ratios)
                 follows_from = (name, groups[name], block_ratios, *chosen)
                 state = store.once(f"{stack.step}{index:04}", search, follows_from=follows_from)
@@ -201,11 +217,14 @@ def _measure(
     blocks: Mapping[str, nn.Module],
     inspected: list[ModuleName],
     batches: list[CalibrationBatch],
-    masks: Masks,
+    answer_masks: list[Tensor],
+    ranks: Ranks,
     progress: bool,
 ) -> State:
     with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
-        raw = modality_sensitivity(model, blocks, inspected, batches, answer_masks=masks.answer, on_batch=bar.update)
+        raw = modality_sensitivity(
+            model, blocks, inspected, batches, answer_masks=answer_masks, on_batch=bar.update, ranks=ranks
+        )
     return State([[block, name, r] for (block, name), r in raw.items()])
 
 
@@ -230,7 +249,7 @@ def find_groups(
     if a group of `settings.scale_groups` asks for it.
     """
     _check_disjoint(settings.scale_groups or ())
-    stream = min(streams, key=lambda s: s.hidden.numel() if s.hidden.shape[-2] > 1 else float("inf"))
+    stream = min(streams, key=_probing_cost)
     known: dict[tuple[Any, ...], list[ScaleGroup]] = {}
     result = {}
     for index, (name, block) in enumerate(blocks.items()):
@@ -251,6 +270,10 @@ def find_groups(
             if _is_scaled(group, block, settings.recipe) and any(n in selected[name] for n in group.linears)
         ]
     return result
+
+
+def _probing_cost(stream: BlockStream) -> float:
+    return stream.hidden.numel() if stream.hidden.shape[-2] > 1 else float("inf")
 
 
 def _check_disjoint(groups: Sequence[ScaleGroup]) -> None:

@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from mbq_ao.calibration.ranks import ALONE, Ranks
+from mbq_ao.calibration.shared_store import agree
+from mbq_ao.calibration.work_dir import tensor_text
+
 
 @dataclass
 class Plan:
@@ -29,11 +33,18 @@ class Plan:
             for table, name, parameter in before:
                 table[name] = parameter
 
-    def apply(self, model: nn.Module, device: torch.device | None = None) -> None:
-        """Set every parameter and move the model to `device` (None: leave it where it is), or do nothing.
+    def apply(self, model: nn.Module, device: torch.device | None = None, ranks: Ranks = ALONE) -> None:
+        """Set every parameter and move the model to `device` (None: leave it where it is), on all ranks, or do nothing.
 
         An exception in between (out of memory, Ctrl-C) puts the old parameters back, where they were.
+        Raises ValueError if other ranks have other parameters.
         """
+        names = {module: name for name, module in model.named_modules()}
+        agree(
+            ranks,
+            lambda: {f"{names[module]}.{name}": tensor_text(value) for module, name, value in self.parameters},
+            "their devices or options differ (`vision`?); nothing was set",
+        )
         homes = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
         tables = [(table, dict(table)) for m in model.modules() for table in (m._parameters, m._buffers)]
         try:
@@ -43,6 +54,7 @@ class Plan:
                 module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
             if device is not None:
                 model.to(device)
+            ranks.each(None)  # raises unless all have come this far
         except BaseException:
             for table, entries in tables:
                 table.update(entries)

@@ -48,6 +48,7 @@ class CalibrationReport:
         are, and why.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     num_linears, nbytes_before, nbytes_after: the calibrated linears, and bytes of their weights.
+    calibration: number of calibration batches and their sha256.
     seconds: of this call. num_resumed: blocks whose scales an earlier call had left in work_dir.
     """
 
@@ -60,6 +61,7 @@ class CalibrationReport:
     num_linears: int = 0
     nbytes_before: int = 0
     nbytes_after: int = 0
+    calibration: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     num_resumed: int = 0
     stacks: dict[str, list[str]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +58,10 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+class _Reached(Exception):
+    """Ends a forward where nothing more is to be seen."""
+
+
 class BlockProber:
     """Runs experiments on an fp32 copy of a block.
 
@@ -67,6 +72,7 @@ class BlockProber:
         self.block = copy.deepcopy(block).float().requires_grad_(False).eval()
         self.call = call.map_tensors(lambda t: t.float() if t.is_floating_point() else t)
         self.trace, self.output = self._trace()
+        self._unprobed: tuple[str, Tensor] | None = None  # a linear and its input, kept as it is asked for repeatedly
         if not self.trace.linear_groups() and any(map(is_linear, self.block.modules())):
             raise ValueError(
                 f"a copy of this {type(block).__name__} runs none of its linears, so no scale group can be found: was "
@@ -180,9 +186,20 @@ class BlockProber:
     def _input_of(self, linear: str, parameters: dict[str, Tensor]) -> Tensor:
         """(tokens, in_features) at the input of a linear, with some of the block's parameters replaced."""
         seen: list[Tensor] = []
-        with hooked([self._module(linear).register_forward_pre_hook(lambda m, a: seen.append(a[0]))]):
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            seen.append(args[0])
+            raise _Reached  # what the block does after that is most of its work, and not asked for
+
+        with hooked([self._module(linear).register_forward_pre_hook(stop)]), suppress(_Reached):
             self.call.run(self.block, parameters)
         return seen[0].flatten(0, -2)
+
+    def _unprobed_input(self, linear: str) -> Tensor:
+        """`_input_of` the block as it is."""
+        if self._unprobed is None or self._unprobed[0] != linear:
+            self._unprobed = (linear, self._input_of(linear, {}))
+        return self._unprobed[1]
 
     @torch.no_grad()
     def _foldings(self, group: ScaleGroup, producer: str) -> Iterator[ScaleGroup]:
@@ -194,7 +211,7 @@ class BlockProber:
             if (row_map := self._find_row_map(producer, linear, num_channels)) is not None:
                 yield replace(group, producer=producer, fold="rows", row_map=row_map)
         elif weight.ndim == 1 and weight.numel() == num_channels:
-            before = self._input_of(linear, {})
+            before = self._unprobed_input(linear)
             factors = torch.linspace(0.5, 1.5, num_channels, device=weight.device)
             if getattr(module, "bias", None) is None:
                 trials = [
@@ -230,7 +247,7 @@ class BlockProber:
         module = self._module(producer)
         num_digits = next(n for n in range(1, 9) if _LEVELS**n >= module.out_features)
         row = torch.arange(module.out_features, device=module.weight.device) - start
-        before = self._input_of(linear, {})
+        before = self._unprobed_input(linear)
         power = before.square().sum(0)
         alive = power > 0
         found = torch.zeros_like(power, dtype=torch.long)
@@ -267,7 +284,7 @@ class BlockProber:
     def _mixes_tokens(self, group: ScaleGroup) -> bool:
         """Whether a change of the producer's output at the first token reaches the linears at other tokens."""
         assert group.producer is not None
-        before = self._input_of(group.linears[0], {})
+        before = self._unprobed_input(group.linears[0])
 
         def perturb(module: nn.Module, args: object, output: Tensor) -> Tensor:
             output = first_tensor(output).clone()

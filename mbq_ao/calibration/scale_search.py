@@ -20,6 +20,7 @@ the same way with two scales to try, s = 1 and its own, of which the last is tak
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from mbq_ao.calibration.capture import ModuleCall
+from mbq_ao.calibration.ranks import ALONE, Ranks
 
 Loss = Literal["mae", "mse"]
 _CHUNK_TOKENS = 8192  # tokens a tokenwise module gets at once: bounds its activations at any calibration size
@@ -90,6 +92,7 @@ def search_scale(
     *,
     loss: Loss,
     choose: bool = True,
+    ranks: Ranks = ALONE,
 ) -> SearchResult:
     """Try every scale and keep the best, or with choose=False the last. The module is not changed.
 
@@ -97,18 +100,17 @@ def search_scale(
     candidate: s -> the module's parameters (name -> value) that stand for the quantized ones.
     Raises ValueError if the loss is not finite for s = 1.
     """
-    examples = _as_chunks(module, examples)
-    losses: list[float] = []
-    best = 0
-    for index, (_, s) in enumerate(scales):
+    chunks = _as_chunks(module, examples, ranks)
+    tried = []  # a scale: the loss of each batch
+    for _, s in scales:
         parameters = candidate(s)
-        # One transfer to the host for a scale, not one for an example.
-        total = torch.stack([_weighted_error(e, e.call.run(module, parameters), loss) for e in examples]).sum().item()
-        if index == 0 and not torch.isfinite(torch.tensor(total)):
-            raise ValueError("the search loss is not finite: NaN or inf in the activations or weights")
-        losses.append(total)
-        if total < losses[best] or not choose:
-            best = index
+        tried.append(torch.stack([_loss_of(of_batch, module, parameters, loss) for of_batch in chunks]))
+    # One transfer to the host. Batch by batch: that sum does not depend on the number of ranks.
+    by_batch = ranks.gather(torch.stack(tried, 1).tolist())
+    losses = [math.fsum(of_batches) for of_batches in zip(*by_batch, strict=True)]
+    if not math.isfinite(losses[0]):
+        raise ValueError("the search loss is not finite: NaN or inf in the activations or weights")
+    best = min(range(len(losses)), key=losses.__getitem__) if choose else len(losses) - 1
     alpha, s = scales[best]
     return SearchResult(s, alpha, losses, best)
 
@@ -135,31 +137,39 @@ def scale_at(statistic: Tensor, alpha: float) -> Tensor:
     return s / (s.max() * s.min()).sqrt()
 
 
+def _loss_of(examples: list[Example], module: nn.Module, parameters: dict[str, Tensor], loss: Loss) -> Tensor:
+    errors = [_weighted_error(e, e.call.run(module, parameters), loss) for e in examples]
+    return torch.stack(errors).sum()
+
+
 def _weighted_error(example: Example, output: Tensor, loss: Loss) -> Tensor:
     error = (example.target - output).float()
     error = error.abs() if loss == "mae" else error.square()
     return (error.sum(-1).flatten() * example.weight.flatten()).sum()
 
 
-def _as_chunks(module: nn.Module, examples: list[Example]) -> list[Example]:
-    """Drop tokens of weight 0 and join batches, if the module treats every token alone.
+def _as_chunks(module: nn.Module, examples: list[Example], ranks: Ranks = ALONE) -> list[list[Example]]:
+    """What to run for each batch: if the module treats every token alone, no tokens of weight 0 and not all at once.
 
-    Whether it does is tried out on the longest example, not inferred from its class.
+    Whether it does is tried out on the longest example, not inferred from its class. Joining short batches was
+    rejected: a matmul of more rows rounds differently, and who has which batches is not to be seen in the result.
     """
-    if not _is_tokenwise(module, max(examples, key=lambda e: e.call.hidden.numel())):
-        return examples
-    hidden = torch.cat([e.call.hidden.flatten(0, -2)[_selected(e)] for e in examples])
-    target = torch.cat([e.target.flatten(0, -2)[_selected(e)] for e in examples])
-    weight = torch.cat([e.weight.flatten()[_selected(e)] for e in examples])
-    call = examples[0].call
+    longest = max(examples, key=lambda e: e.call.hidden.numel())
+    sizes = [-e.call.hidden.numel() for e in examples]
+    if not ranks.on_one(lambda: _is_tokenwise(module, longest), keys=sizes):
+        return [[e] for e in examples]
+    return [_chunks(e) for e in examples]
+
+
+def _chunks(example: Example) -> list[Example]:
+    selected = example.weight.flatten() != 0
+    # One empty chunk stays if none is selected: zero is its loss.
+    hidden, target = (x.flatten(0, -2)[selected].split(_CHUNK_TOKENS) for x in (example.call.hidden, example.target))
+    weight = example.weight.flatten()[selected].split(_CHUNK_TOKENS)
+    call = example.call
     return [
-        Example(call.with_hidden(_like(call.hidden, h)), t, w)
-        for h, t, w in zip(*(x.split(_CHUNK_TOKENS) for x in (hidden, target, weight)), strict=True)
+        Example(call.with_hidden(_like(call.hidden, h)), t, w) for h, t, w in zip(hidden, target, weight, strict=True)
     ]
-
-
-def _selected(example: Example) -> Tensor:
-    return example.weight.flatten() != 0
 
 
 def _like(hidden: Tensor, tokens: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mbq_ao.calibration.batch import IGNORE_INDEX, CalibrationBatch
 from mbq_ao.calibration.capture import first_tensor, forward, hooked, takes
+from mbq_ao.calibration.ranks import ALONE, Ranks
 
 ModuleName = tuple[str, str]  # (block, module whose output is compared, relative to the block)
 
@@ -42,13 +43,15 @@ def modality_sensitivity(
     *,
     answer_masks: list[Tensor],
     on_batch: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> dict[ModuleName, float]:
     """r = |g_vision| / |g_answer| at the output of every inspected module, before the floor.
 
-    answer_masks: (B, T) bool for each batch, the answer tokens that count in |g_answer|.
+    batches: those that this rank runs.
+    answer_masks: (B, T) bool for each of them, the answer tokens that count in |g_answer|.
     Raises ValueError if a gradient is not finite.
     """
-    sums: dict[ModuleName, dict[str, list[float]]] = {key: {"vision": [], "answer": []} for key in inspected}
+    found: list[dict[ModuleName, dict[str, list[float]]]] = []  # of each batch, |g| of its samples
 
     def measure(key: ModuleName, masks: dict[str, Tensor], grad: Tensor) -> None:
         if not torch.isfinite(grad).all():
@@ -59,11 +62,12 @@ def modality_sensitivity(
             per_token = grad.detach().abs().float().mean(-1).reshape(mask.shape)
             for row, selected in zip(per_token, mask, strict=True):
                 if selected.any():
-                    sums[key][kind].append(row[selected].mean().item())
+                    found[-1][key][kind].append(row[selected].mean().item())
 
     with _gradients_of_activations_only(model, blocks):
         for batch, answer in zip(batches, answer_masks, strict=True):
             masks = {"vision": batch.vision, "answer": answer}
+            found.append({key: {kind: [] for kind in masks} for key in inspected})
 
             def watch(key: ModuleName, masks: dict[str, Tensor], module: nn.Module, args: Any, output: Any) -> None:
                 output = first_tensor(output)
@@ -77,7 +81,8 @@ def modality_sensitivity(
             with hooked(handles):
                 _loss(model, batch).backward()
             on_batch()
-    return {key: _ratio(key, **values) for key, values in sums.items()}
+    found = ranks.gather(found)
+    return {key: _ratio(key, *([g for of in found for g in of[key][kind]] for kind in masks)) for key in inspected}
 
 
 def floor_at_median(ratios: Mapping[ModuleName, float]) -> dict[ModuleName, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -91,7 +91,7 @@ class Masks:
         )
 
     @classmethod
-    def even(cls, outputs: list[Tensor]) -> Masks:
-        """Every token of these outputs (..., C) counts, and none is of a modality of its own."""
-        masks = [torch.ones(output.shape[:-1], dtype=torch.bool, device=output.device) for output in outputs]
-        return cls(counted=masks, answer=[~mask for mask in masks], vision=[~mask for mask in masks])
+    def even(cls, shapes: Iterable[tuple[int, ...]], device: torch.device) -> Masks:
+        """Every token counts, and none is of a modality of its own. shapes: of the tokens, one a pass."""
+        counted = [torch.ones(shape, dtype=torch.bool, device=device) for shape in shapes]
+        return cls(counted=counted, answer=[~mask for mask in counted], vision=[~mask for mask in counted])

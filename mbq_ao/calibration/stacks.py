@@ -16,7 +16,7 @@ A stack may run any number of times in a forward: not at all for text, once for 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,6 +28,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, forward, hooked, record_call
+from mbq_ao.calibration.ranks import Ranks
 from mbq_ao.calibration.settings import FilterFn, Targets
 from mbq_ao.vision_tower import find_vision_tower
 
@@ -42,11 +43,13 @@ class Stack:
     """Blocks of which each reads what the one before wrote, in order and by their full names.
 
     selected: block -> {name in the block: linear to be quantized}. step: prefix of its blocks' names in a work_dir.
+    passes: how often each batch runs it; empty for the decoder, which runs once.
     """
 
     blocks: dict[str, nn.Module]
     selected: dict[str, dict[str, nn.Linear]]
     step: str
+    passes: Sequence[int] = ()
 
     @property
     def name(self) -> str:
@@ -60,13 +63,12 @@ class Beside:
     """What is quantized beside the decoder's layers.
 
     stacks: in the order in which they run. rounded, left_alone: linears that are quantized by plain rounding, and
-    those that are not, and why; by their full names. batches: the numbers of those that run a stack.
+    those that are not, and why; by their full names.
     """
 
     stacks: list[Stack] = field(default_factory=list)
     rounded: dict[str, str] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
-    batches: list[int] = field(default_factory=list)
 
 
 def vision_side(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -147,37 +149,30 @@ def find_stacks(
     first_layer: nn.Module,
     batches: Sequence[CalibrationBatch],
     targets: Targets,
+    ranks: Ranks,
 ) -> Beside:
     """Run the model and see what the linears are part of. first_layer: the decoder's.
 
     Raises ValueError if "decoder+vision" finds that no batch runs one of them.
     """
-    result = Beside()
     listed = listed_blocks(model, linears)
-    seen = _Seen(listed)
-    with hooked(_watch(model, linears, seen)):
-        for number, batch in enumerate(batches):
-            seen.begin_batch()
-            # A head is called after the decoder, where only a filter may have chosen something.
-            go = _forward_past if callable(targets) else forward_until
-            go(model, batch, first_layer, seen.begin_decoder)
-            if seen.in_this_batch:
-                result.batches.append(number)
-    if not callable(targets) and not result.batches:
+    of_batches = ranks.gather([_seen_in(model, linears, listed, first_layer, b, targets) for b in ranks.mine(batches)])
+    seen = _merged(of_batches)
+    if not callable(targets) and not seen.called.keys() & linears.keys():
         raise ValueError(
             f'targets="decoder+vision", but no calibration batch runs one of the {len(linears)} linears of the vision '
             "tower and the projector: calibrate with images"
         )
     runs = [run for calls in seen.calls.values() for run in _runs([c for c in calls if c[0] not in seen.refused])]
     blocks = {block for run in runs for block in run}
+    result = Beside()
     parts: dict[str, list[str]] = {}
     for name, linear in linears.items():
         if isinstance(linear, NonDynamicallyQuantizableLinear):
             result.left_alone[name] = _OF_TORCH
-        elif name in seen.late:
-            result.rounded[name] = _LATE
         elif name not in seen.called:
-            result.left_alone[name] = _NEVER_RUN
+            where, why = (result.rounded, _LATE) if name in seen.late else (result.left_alone, _NEVER_RUN)
+            where[name] = why
         elif (block := _block_around(name, seen, blocks)) is None:
             result.rounded[name] = _ALONE
         else:
@@ -189,7 +184,8 @@ def find_stacks(
     for run in sorted((run for run in runs if any(b in parts for b in run)), key=lambda run: order.index(run[0])):
         selected = {b: {n.removeprefix(f"{b}."): linears[n] for n in parts.get(b, ())} for b in run}
         step = f"stack_{len(result.stacks):02}_block_"
-        result.stacks.append(Stack({b: model.get_submodule(b) for b in run}, selected, step))
+        passes = [batch.called[run[0]] for batch in of_batches]
+        result.stacks.append(Stack({b: model.get_submodule(b) for b in run}, selected, step, passes))
     return result
 
 
@@ -218,55 +214,76 @@ def _block_around(name: str, seen: _Seen, blocks: set[str]) -> str | None:
     return None
 
 
+@dataclass
 class _Seen:
-    """What was called before the decoder, by full names, in the order of the first calls.
+    """What a batch calls before the decoder, by full names, in the order of the first calls, and how often.
 
     refused: called with something else than one hidden state, or returning something else.
     calls: of the listed blocks, list by list, and whether each was called on the output of the one before.
-    late: what was called from the decoder's first layer on, and not before.
+    late: what is called from the decoder's first layer on.
     """
 
-    def __init__(self, listed: Mapping[str, nn.Module]) -> None:
-        self.calls: dict[str, list[tuple[str, bool]]] = {name.rpartition(".")[0]: [] for name in listed}
-        self.listed = set(listed)
-        self.called: dict[str, None] = {}
-        self.refused: set[str] = set()
-        self.late: set[str] = set()
-        self.last_output: dict[str, Tensor] = {}
-        self.in_decoder = self.in_this_batch = False
+    called: Counter[str] = field(default_factory=Counter)
+    refused: set[str] = field(default_factory=set)
+    calls: dict[str, list[tuple[str, bool]]] = field(default_factory=dict)
+    late: set[str] = field(default_factory=set)
 
-    def begin_batch(self) -> None:
-        self.last_output = {}
-        self.in_decoder = self.in_this_batch = False
 
-    def begin_decoder(self) -> None:
-        self.in_decoder = True
+def _merged(of_batches: Sequence[_Seen]) -> _Seen:
+    result = _Seen()
+    for seen in of_batches:
+        result.called.update(seen.called)
+        result.refused |= seen.refused
+        result.late |= seen.late
+        for parent, calls in seen.calls.items():
+            result.calls.setdefault(parent, []).extend(calls)
+    return result
 
-    def record(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self.in_decoder:
-            if name not in self.called:
-                self.late.add(name)
+
+def _seen_in(
+    model: nn.Module,
+    linears: Mapping[str, nn.Linear],
+    listed: Mapping[str, nn.Module],
+    first_layer: nn.Module,
+    batch: CalibrationBatch,
+    targets: Targets,
+) -> _Seen:
+    """Run the model on a batch; past its decoder's first layer only where a filter may have chosen something there."""
+    seen = _Seen()
+    last_output: dict[str, Tensor] = {}
+    in_decoder = False
+
+    def begin_decoder() -> None:
+        nonlocal in_decoder
+        in_decoder = True
+
+    def record(name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if in_decoder:
+            seen.late.add(name)
             return
-        self.in_this_batch = True
-        self.called[name] = None
+        seen.called[name] += 1
         call, output = ModuleCall.record(args, kwargs), first_tensor(output)
         hidden = dict([*enumerate(call.args), *call.kwargs.items()]).get(call.hidden_key)
         if not (_is_hidden(hidden) and _is_hidden(output)):
-            self.refused.add(name)
-        elif name in self.listed:
+            seen.refused.add(name)
+        elif name in listed:
             parent = name.rpartition(".")[0]
-            before = self.last_output.get(parent)
-            self.calls[parent].append((name, before is not None and torch.equal(before, hidden)))
-            self.last_output[parent] = output
+            chained = parent in last_output and torch.equal(last_output[parent], hidden)
+            seen.calls.setdefault(parent, []).append((name, chained))
+            last_output[parent] = output
+
+    handles = (
+        model.get_submodule(name).register_forward_hook(partial(record, name), with_kwargs=True)
+        for name in dict.fromkeys(prefix for path in linears for prefix in _prefixes(path))
+    )
+    go = _forward_past if callable(targets) else forward_until
+    with hooked(handles):
+        go(model, batch, first_layer, begin_decoder)
+    return seen
 
 
 def _is_hidden(value: object) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point() and value.ndim > 1
-
-
-def _watch(model: nn.Module, linears: Mapping[str, nn.Linear], seen: _Seen) -> Iterator[Any]:
-    for name in dict.fromkeys(prefix for path in linears for prefix in _prefixes(path)):
-        yield model.get_submodule(name).register_forward_hook(partial(seen.record, name), with_kwargs=True)
 
 
 def _runs(calls: Sequence[tuple[str, bool]]) -> list[list[str]]:
@@ -288,11 +305,13 @@ def _runs(calls: Sequence[tuple[str, bool]]) -> list[list[str]]:
 @torch.no_grad()
 def capture_passes(
     model: nn.Module,
-    blocks: Mapping[str, nn.Module],
+    stack: Stack,
     batches: Sequence[CalibrationBatch],
     first_layer: nn.Module,
+    ranks: Ranks,
 ) -> list[BlockStream]:
-    """As `capture_streams`, of a stack that runs before the decoder, any number of times: a stream a pass."""
+    """As `capture_streams`, of a stack that runs before the decoder: a stream for each pass that this rank has."""
+    own = ranks.mine([batch for batch, number in zip(batches, stack.passes, strict=True) for _ in range(number)])
     streams: list[BlockStream] = []
 
     def record(index: int, where: str, *call: Any) -> None:
@@ -300,18 +319,18 @@ def capture_passes(
             streams.append(BlockStream())
         record_call(streams[-1], index, where, *call)
 
-    for number, batch in enumerate(batches):
+    for batch in {batch.index: batch for batch in own}.values():
         hooks = (
             block.register_forward_hook(
-                partial(record, index, f"{name} on calibration batch {number}"), with_kwargs=True
+                partial(record, index, f"{name} on calibration batch {batch.index}"), with_kwargs=True
             )
-            for index, (name, block) in enumerate(blocks.items())
+            for index, (name, block) in enumerate(stack.blocks.items())
         )
         with hooked(hooks):
             forward_until(model, batch, first_layer)
     for stream in streams:
         stream.last_output = None
-    return streams
+    return streams[: len(own)]  # a rank without a pass of its own has been given the first one
 
 
 class _DecoderReached(Exception):

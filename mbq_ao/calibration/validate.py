@@ -9,10 +9,17 @@ from torch import nn
 from torchao.utils import TorchAOBaseTensor
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise ValueError for weights on the meta device, or a model without parameters."""
+    """Raise ValueError for weights on the meta device, a model without parameters, or one wrapped for training."""
+    for module in model.modules():
+        if type(module).__name__ in _WRAPPERS:
+            raise ValueError(
+                f"the model is wrapped in {type(module).__name__}: call quantize_ with the model itself, and wrap it "
+                "after"
+            )
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
     for name, parameter in model.named_parameters():
@@ -20,6 +27,11 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} is on the meta device and has no values: load the model's weights before quantize_ "
                 "(from_pretrained without an offloading device_map)"
+            )
+        if hasattr(parameter, "device_mesh"):
+            raise ValueError(
+                f"{name} is a DTensor, of which this rank has a part: call quantize_ with the whole model, before "
+                "fully_shard or parallelize_module"
             )
 
 

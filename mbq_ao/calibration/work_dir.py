@@ -107,12 +107,12 @@ class WorkDir(Store):
         if known is None:
             self._write("run", "run", State({"fingerprint": run.fingerprint, "environment": run.environment}))
             return
-        if found := _differences(known.record["fingerprint"], run.fingerprint):
+        if found := differences(known.record["fingerprint"], run.fingerprint):
             raise ValueError(
                 f"work_dir {str(self.path)!r} is of another run; pass another folder, or delete this one. "
                 f"What differs:\n{found}"
             )
-        if found := _differences(known.record["environment"], run.environment):
+        if found := differences(known.record["environment"], run.environment):
             warnings.warn(
                 f"work_dir {str(self.path)!r} was begun under other conditions, so that the last bits of the result "
                 f"may differ from an uninterrupted run's:\n{found}",
@@ -275,7 +275,7 @@ def describe_run(
         "model class": type(model).__name__,
         **{f"model config {k}": v for k, v in _flat(config.to_dict() if hasattr(config, "to_dict") else {})},
         **{
-            name: _tensor_text(tensor)
+            name: tensor_text(tensor)
             for name, tensor in tqdm(named, desc="fingerprint", disable=not progress, leave=False)
         },
         **{f"quantized linear {block}.{name}": "" for block, linears in selected.items() for name in linears},
@@ -283,11 +283,7 @@ def describe_run(
         **{name: repr(getattr(settings, name)) for name in ("quantizer", "balance", "loss", "propagate_error")},
         **{name: repr(getattr(settings, name)) for name in ("n_grid", "scale_groups")},
     }
-    for index, batch in enumerate(batches):
-        masks = {"labels": batch.labels, "vision_mask": batch.vision, "answer_mask": batch.answer, "valid": batch.valid}
-        for path, leaf in tree_flatten_with_path({**batch.inputs, **masks})[0]:
-            name = f"calibration batch {index}{keystr(path)}"
-            fingerprint[name] = _tensor_text(leaf) if isinstance(leaf, Tensor) else _value_text(name, leaf)
+    fingerprint.update(_describe_batches(batches))
     computer = f"{platform.machine()}, {torch.get_num_threads()} threads"
     environment = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({computer})",
@@ -297,6 +293,22 @@ def describe_run(
         "transformers": transformers.__version__,
     }
     return RunDescription(fingerprint, environment)
+
+
+def describe_data(batches: Sequence[CalibrationBatch]) -> dict[str, Any]:
+    """What a checkpoint tells of the data that it was calibrated on: how many batches, and one sha256 of all."""
+    text = json.dumps(_describe_batches(batches), sort_keys=True)
+    return {"num_batches": len(batches), "sha256": _sha256(text.encode())}
+
+
+def _describe_batches(batches: Sequence[CalibrationBatch]) -> dict[str, str]:
+    result = {}
+    for index, batch in enumerate(batches):
+        masks = {"labels": batch.labels, "vision_mask": batch.vision, "answer_mask": batch.answer, "valid": batch.valid}
+        for path, leaf in tree_flatten_with_path({**batch.inputs, **masks})[0]:
+            name = f"calibration batch {index}{keystr(path)}"
+            result[name] = tensor_text(leaf) if isinstance(leaf, Tensor) else _value_text(name, leaf)
+    return result
 
 
 def _flat(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -310,7 +322,8 @@ def _flat(config: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, st
             yield f"{prefix}{key}", repr(value)
 
 
-def _tensor_text(tensor: Tensor) -> str:
+def tensor_text(tensor: Tensor) -> str:
+    """dtype, shape and a hash of the values."""
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}{_HASH}{_sha256(*_bytes_of(tensor))}"
 
 
@@ -319,7 +332,7 @@ def _bytes_of(tensor: Tensor) -> Iterator[memoryview | bytes]:
     if is_traceable_wrapper_subclass(tensor):  # a part of the model that is quantized already
         names, _ = tensor.__tensor_flatten__()
         for name in names:
-            yield _tensor_text(getattr(tensor, name)).encode()
+            yield tensor_text(getattr(tensor, name)).encode()
     else:
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
@@ -331,8 +344,8 @@ def _value_text(name: str, value: object) -> str:
         return f"{type(value).__name__}{_HASH}{_sha256(pickle.dumps(value))}"
     except Exception as error:
         raise ValueError(
-            f"{name} is a {type(value).__name__} that cannot be pickled, so work_dir cannot tell whether it is the "
-            "same in the next call; pass tensors and numbers, or leave out work_dir"
+            f"{name} is a {type(value).__name__} that cannot be pickled, so it cannot be told whether it is "
+            "the same in the next call (work_dir) or on the other ranks; pass tensors and numbers"
         ) from error
 
 
@@ -344,18 +357,26 @@ def _sha256(*parts: memoryview | bytes) -> str:
 
 
 def _checksum(key: str, record: str, tensors: Sequence[Tensor]) -> str:
-    return _sha256("\n".join([key, record, *map(_tensor_text, tensors)]).encode())
+    return _sha256("\n".join([key, record, *map(tensor_text, tensors)]).encode())
 
 
-def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """The names whose text differs, one line for those that differ in the same way; "" if none does."""
+def differences(
+    before: Mapping[str, str],
+    now: Mapping[str, str],
+    then: str = "in work_dir",
+    here: str = "in this call",
+) -> str:
+    """The names whose text differs, one line for those that differ in the same way; "" if none does.
+
+    then, here: where the two are.
+    """
     names_by_text: dict[str, list[str]] = {}
     for name in dict.fromkeys([*now, *before]):
         if name not in before or name not in now:
-            text = "only in this call" if name in now else "only in work_dir"
+            text = f"only {here if name in now else then}"
         elif before[name] != now[name]:
-            (there, _, _), (here, _, _) = (text.partition(_HASH) for text in (before[name], now[name]))
-            text = f"{there} in work_dir, {here} in this call" if there != here else "other values"
+            (old, _, _), (new, _, _) = (text.partition(_HASH) for text in (before[name], now[name]))
+            text = f"{old} {then}, {new} {here}" if old != new else "other values"
         else:
             continue
         names_by_text.setdefault(text, []).append(name)

@@ -67,19 +67,23 @@ def pack_int3(q: Tensor) -> Tensor:
         raise ValueError(f"pack_int3 packs a uint8 matrix, got {q.dtype} of shape {tuple(q.shape)}")
     num_row_tiles, num_col_tiles = packed_shape(*q.shape)[:2]
     q = padded(q, TILE_N, TILE_K)
-    # Four bytes at a time, the columns (hi, odd): row tile, block, up, g, column tile, pair, t, slab.
-    bytes4 = q.view(torch.int32).view(num_row_tiles, 2, 2, 8, num_col_tiles, 4, 4, 2).permute(5, 7, 1, 0, 4, 3, 6, 2)
-    planes = q.new_zeros((num_row_tiles, num_col_tiles, 3, 8, 4, 2, 2), dtype=torch.int32)  # .., g, t, hi, up
+    # Four bytes at a time, the columns (hi, odd): row tile, block, up, g, column tile, pair, t, slab. Only words are
+    # moved, before and after; what is done sixteen times runs along contiguous memory.
+    words = q.view(torch.int32).view(num_row_tiles, 2, 2, 8, num_col_tiles, 4, 4, 2) & 0x07070707
+    words = words.permute(5, 7, 1, 0, 2, 3, 4, 6).contiguous()  # pair, slab, block; row tile, up, g, column tile, t
+    values = words.view(torch.uint8)
+    planes = q.new_zeros((3, *values.shape[3:]), dtype=torch.int16)
     for pair, slab, block in _PLACES:
         plane, field = FIELDS[pair][slab][block]
-        for hi in range(2):
-            value = _spread(bytes4[pair, slab, block] >> 16 * hi)
-            if field == _R:
-                for bit in range(3):
-                    planes[:, :, bit, ..., hi, :] |= ((value >> bit) & 0x00010001) << 15
-            else:
-                planes[:, :, plane, ..., hi, :] |= value << 3 * field
-    return planes.view(torch.int16).view(num_row_tiles, num_col_tiles, *TILE_SHAPE)
+        value = values[pair, slab, block].to(torch.int16)
+        if field == _R:
+            for bit in range(3):
+                planes[bit] |= value >> bit << 15
+        else:
+            planes[plane] |= value << 3 * field
+    pairs = planes.view(torch.int32).view(3, num_row_tiles, 2, 8, num_col_tiles, 4, 2)  # the halves of an `odd`
+    pairs = pairs.permute(1, 4, 0, 3, 5, 6, 2).contiguous()  # row tile, column tile, plane, g, t, hi, up
+    return pairs.view(torch.int16).view(num_row_tiles, num_col_tiles, *TILE_SHAPE)
 
 
 def padded(q: Tensor, tile_n: int, tile_k: int) -> Tensor:
@@ -140,11 +144,6 @@ def _field(words: Tensor, plane: int, field: int, ones: int = 1) -> Tensor:
     if field == _R:
         return ((a >> 15) & ones) | ((b >> 14) & 2 * ones) | ((c >> 13) & 4 * ones)
     return ((a, b, c)[plane] >> 3 * field) & 7 * ones
-
-
-def _spread(bytes2: Tensor) -> Tensor:
-    """The low three bits of the two lowest bytes, each in its own half of an int32."""
-    return ((bytes2 & 0x07) | (bytes2 << 8)) & 0x00070007
 
 
 def _inner_contiguous(qdata: Tensor) -> Tensor:

@@ -67,6 +67,17 @@ def test_accepted() -> None:
     assert producers(Block(tuple_output=True)) == {"up": ("norm", "weight"), "down": ("up", "rows")}
 
 
+def test_a_forward_ends_at_the_linear_that_is_looked_at() -> None:
+    prober = probe(Block())
+    expected = prober.block.norm(prober.call.hidden).flatten(0, -2)
+    ran = []
+    for name in ("up", "down"):
+        prober.block.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    assert torch.equal(prober._input_of("up", {}), expected) and ran == []
+    assert prober._input_of("down", {}).shape == (10, 2 * C) and ran == ["up"]
+    assert not any(m._forward_pre_hooks for m in prober.block.modules())
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_blocks_are_probed_in_fp32(dtype: torch.dtype) -> None:
     block = Block().to(dtype)

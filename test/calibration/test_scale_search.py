@@ -1,4 +1,4 @@
-"""The search: token weights, the loss, the grid, and joining the tokens of all batches where that is allowed."""
+"""The search: token weights, the loss, the grid, and leaving tokens out where that is allowed."""
 
 from __future__ import annotations
 
@@ -201,10 +201,11 @@ def test_whether_a_module_treats_every_token_alone(kind: Callable[[], nn.Module]
     module = kind()
     examples = make_examples(module)
     chunks = scale_search._as_chunks(module, examples)
-    assert (chunks is not examples) == tokenwise
-    if tokenwise:  # one chunk, without the tokens of weight 0
-        assert [c.call.hidden.shape for c in chunks] == [(1, 9, C)]
-        assert all((c.weight > 0).all() for c in chunks)
+    if tokenwise:  # a chunk for each batch, without the tokens of weight 0
+        assert [[c.call.hidden.shape for c in of_batch] for of_batch in chunks] == [[(1, 6, C)], [(1, 3, C)]]
+        assert all((c.weight > 0).all() for of_batch in chunks for c in of_batch)
+    else:
+        assert chunks == [[example] for example in examples]
 
 
 @pytest.mark.parametrize("lengths", [(1,), (2,), (1, 5)])
@@ -214,20 +215,25 @@ def test_a_first_batch_too_short_to_tell(lengths: tuple[int, ...]) -> None:
     module = CausalMean()
     inputs = [torch.randn(1, n, C) for n in lengths]
     examples = [Example(ModuleCall((x,), {}), module(x).detach(), torch.ones(x.shape[:2])) for x in inputs]
-    assert scale_search._as_chunks(module, examples) is examples
+    assert scale_search._as_chunks(module, examples) == [[example] for example in examples]
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 9, 100])
-def test_the_size_of_a_chunk_does_not_matter(chunk: int, statistic: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("chunk", "sizes"),
+    [(1, [[1] * 6, [1] * 3]), (4, [[4, 2], [3]]), (6, [[6], [3]]), (100, [[6], [3]])],
+)
+def test_the_size_of_a_chunk_does_not_matter(
+    chunk: int, sizes: list[list[int]], statistic: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     module = Mlp()
     examples, candidate = make_examples(module), candidate_of(module)
     with monkeypatch.context() as patch:
-        patch.setattr(scale_search, "_as_chunks", lambda module, examples: examples)
+        patch.setattr(scale_search, "_as_chunks", lambda module, examples, ranks: [[e] for e in examples])
         whole = search_scale(module, examples, grid_scales(statistic, 6), candidate, loss="mae")
     monkeypatch.setattr(scale_search, "_CHUNK_TOKENS", chunk)
     chunks = scale_search._as_chunks(module, examples)
-    assert [c.call.hidden.shape[1] for c in chunks] == [chunk] * (9 // chunk) + [9 % chunk] * (9 % chunk > 0)
+    assert [[c.call.hidden.shape[1] for c in of_batch] for of_batch in chunks] == sizes
     found = search_scale(module, examples, grid_scales(statistic, 6), candidate, loss="mae")
     assert found.losses == pytest.approx(whole.losses, rel=1e-5) and found.index == whole.index
 
@@ -299,3 +305,12 @@ def test_half_precision_losses_are_summed_in_fp32(statistic: Tensor) -> None:
         return {"weight": torch.zeros(8, C, dtype=torch.float16)}
 
     assert search_scale(module, [example], grid_scales(statistic, 1), zero, loss="mse").losses == [360000.0]
+
+
+def test_a_batch_in_which_no_token_counts(statistic: Tensor) -> None:
+    module = Mlp()
+    examples = make_examples(module)
+    silent = Example(examples[0].call, examples[0].target, torch.zeros_like(examples[0].weight))
+    grid, candidate = grid_scales(statistic, 4), candidate_of(module)
+    with_it = search_scale(module, [*examples, silent], grid, candidate, loss="mae")
+    assert with_it.losses == search_scale(module, examples, grid, candidate, loss="mae").losses

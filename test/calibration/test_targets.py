@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline as expect
+from live_bytes import LiveBytes
 from models import (
     CONFIGS,
     TEXT_ONLY,
@@ -23,8 +24,7 @@ from models import (
     snapshot,
 )
 from refusals import refused
-from test_memory import LiveBytes
-from test_work_dir import parts
+from results import parts_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
@@ -61,7 +61,7 @@ def llava(**options: Any) -> tuple[nn.Module, CalibrationReport]:
 
 
 def state(model: nn.Module) -> dict[str, list[bytes]]:
-    return {name: [p.numpy().tobytes() for p in parts(tensor)] for name, tensor in model.state_dict().items()}
+    return {name: [p.float().numpy().tobytes() for p in parts] for name, parts in parts_of(model).items()}
 
 
 def is_quantized(value: object) -> bool:

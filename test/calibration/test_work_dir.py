@@ -13,7 +13,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -24,18 +23,17 @@ import transformers
 from expecttest import assert_expected_inline as expect
 from models import assert_unchanged, build_batch, build_model, snapshot
 from refusals import refused
-from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from results import Result, assert_same, parts_of
+from torch import nn
 from tqdm.auto import tqdm
 
-from mbq_ao import CalibrationReport, Int3WeightOnlyConfig, MBQInt3Tensor, mbq_config, quantize_
+from mbq_ao import Int3WeightOnlyConfig, MBQInt3Tensor, mbq_config, quantize_
 from mbq_ao.calibration import block, mbq, work_dir
 
 NUM_LAYERS = 3
 STEPS = ["run", "sensitivity", *(f"block_{i:04}" for i in range(NUM_LAYERS))]
 KINDS = [(precision, propagate_error) for precision in ("w3a16", "w4a8") for propagate_error in (False, True)]
 LAYERS = "model.language_model.layers"
-Result = tuple[dict[str, list[Tensor]], CalibrationReport]
 
 
 def build() -> nn.Module:
@@ -54,30 +52,12 @@ def calibrated(
     config = mbq_config(calib_data(), **{"group_size": 32, "n_grid": 2, **options})
     report = quantize_(model, config, device=device, progress=False, work_dir=folder)
     assert report is not None
-    return {name: parts(tensor) for name, tensor in model.state_dict().items()}, report
-
-
-def parts(tensor: Tensor) -> list[Tensor]:
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor.cpu()]
-    return [part for name in tensor.__tensor_flatten__()[0] for part in parts(getattr(tensor, name))]
+    return parts_of(model), report
 
 
 @functools.cache
 def uninterrupted(**options: Any) -> Result:
     return calibrated(None, **options)
-
-
-def assert_same(result: Result, expected: Result, num_resumed: int | None = None) -> None:
-    """Bit for bit the same model, and the same report but for what it says of the call."""
-    (model, report), (expected_model, expected_report) = result, expected
-    assert num_resumed in (None, report.num_resumed)
-    assert model.keys() == expected_model.keys()
-    for name, tensors in expected_model.items():
-        for a, b in zip(model[name], tensors, strict=True):
-            assert a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes(), name
-    of_the_call = {"seconds": 0.0, "num_resumed": 0}
-    assert asdict(report) | of_the_call == asdict(expected_report) | of_the_call
 
 
 def calibrate_and_stop(folder: Path, options: dict[str, Any], function: str, call: int, with_signal: int) -> None:
@@ -347,8 +327,8 @@ def test_data_that_cannot_be_compared(model: nn.Module, tmp_path: Path) -> None:
     expect(
         refused(model, [batch], work_dir=tmp_path / "new"),
         """\
-calibration batch 0['output_attentions'] is a lock that cannot be pickled, so work_dir cannot tell whether it is \
-the same in the next call; pass tensors and numbers, or leave out work_dir""",
+calibration batch 0['output_attentions'] is a lock that cannot be pickled, so it cannot be told whether it is the \
+same in the next call (work_dir) or on the other ranks; pass tensors and numbers""",
     )
 
 
@@ -439,15 +419,15 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_the_hash_of_a_tensor(dtype: torch.dtype) -> None:
     tensor = torch.arange(12).reshape(3, 4).to(dtype)
-    text = work_dir._tensor_text(tensor)
-    assert text == work_dir._tensor_text(tensor.T.contiguous().T)
+    text = work_dir.tensor_text(tensor)
+    assert text == work_dir.tensor_text(tensor.T.contiguous().T)
     other = tensor.clone()
     other[0, 0] = 1
     different = [other, tensor.reshape(4, 3), tensor[0, 0], tensor[:0], tensor.to(torch.float16)]
-    assert len({text, *map(work_dir._tensor_text, different)}) == 1 + len(different)
+    assert len({text, *map(work_dir.tensor_text, different)}) == 1 + len(different)
 
 
 def test_the_hash_of_a_quantized_tensor() -> None:
     weights = [torch.ones(32, 64), torch.eye(32, 64), torch.ones(32, 64)]
-    texts = [work_dir._tensor_text(MBQInt3Tensor.from_hp(weight, 32)) for weight in weights]
+    texts = [work_dir.tensor_text(MBQInt3Tensor.from_hp(weight, 32)) for weight in weights]
     assert texts[0] == texts[2] != texts[1]

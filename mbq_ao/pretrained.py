@@ -1,0 +1,222 @@
+"""Saving and loading quantized transformers models: `save_pretrained`, `from_pretrained`.
+
+model.save_pretrained("qwen-w3")                       # after quantize_; the report goes into its README.md
+model = mbq_ao.from_pretrained("qwen-w3")              # or AutoModel....from_pretrained after `import mbq_ao`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from mbq_ao.hf_quantizer import (
+    CHECKSUMS,
+    LOADING,
+    METHOD,
+    Loading,
+    MBQCheckpointConfig,
+    MBQHfQuantizer,
+    packed_weights,
+)
+from mbq_ao.safetensors_format import checksums, listed
+
+if TYPE_CHECKING:
+    from mbq_ao.calibration.report import CalibrationReport
+
+
+def attach(
+    model: nn.Module, report: CalibrationReport | None = None, config: MBQCheckpointConfig | None = None
+) -> None:
+    """Make a quantized transformers model one that transformers knows to be quantized. Other modules are left alone.
+
+    Sets what transformers' `from_pretrained` sets, and lets `model.save_pretrained` be ours.
+    report: what `quantize_` found.  config: as it was loaded; None: made of the report and the model.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return
+    if config is None:
+        config = MBQCheckpointConfig(
+            **({} if report is None else {**report.settings, "calibration": report.calibration})
+        )
+        config.describe(model)
+    quantizer = MBQHfQuantizer(config, pre_quantized=True)
+    quantizer.report = report
+    model.config.quantization_config = config
+    model.hf_quantizer = quantizer
+    model.is_quantized = True
+    model.quantization_method = METHOD
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = True
+    model.save_pretrained = MethodType(save_pretrained, model)
+
+
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    *args: Any,
+    report: CalibrationReport | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """`PreTrainedModel.save_pretrained` of a quantized model, with a model card, with checksums, all or nothing.
+
+    save_directory: a folder, made if missing; other files in it (the processor's) stay. Its checkpoint is replaced
+        once the new one is complete: a failure leaves what was there.
+    report: shown in the card; None: the one that `quantize_` returned for this model, if it was this process.
+    Other arguments (max_shard_size, variant, ...) go to transformers.
+
+    Raises ValueError if the model has no quantized weights, or tensors of another quantization library, and with
+    push_to_hub=True; OSError if the folder cannot be written.
+    """
+    if push_to_hub:
+        raise ValueError("save_pretrained(push_to_hub=True) is not supported; call model.push_to_hub(repo_id)")
+    target = Path(save_directory)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"save_directory must be a folder, {target} is a file")
+    quantizer = getattr(model, "hf_quantizer", None)
+    if not isinstance(quantizer, MBQHfQuantizer):
+        attach(model)
+        quantizer = model.hf_quantizer
+    report = report or quantizer.report
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # In the same file system, for the renames; beside the target, since that may not exist yet.
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
+    try:
+        type(model).save_pretrained(model, staging, *args, **kwargs)
+        shards = sorted(staging.glob("*.safetensors"))
+        if not shards:  # another rank writes them
+            return
+        table = {shard.name: _checksums_of(shard) for shard in shards}
+        (staging / CHECKSUMS).write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
+        (staging / "README.md").write_text(model_card(model, report), encoding="utf-8")
+        for file in staging.iterdir():
+            _sync(file)
+        _publish(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:
+    """Load a quantized checkpoint with the class that config.json names.
+
+    verify: compare the tensors with the checksums saved beside them.  kwargs: as transformers' `from_pretrained`
+    takes them (device_map, dtype, attn_implementation, revision, ...).
+
+    Raises ValueError if the checkpoint is not ours, damaged, incomplete or of a newer format; transformers itself would
+    only warn of some of that, and fill in random numbers. OSError if there is no such checkpoint.
+    """
+    hub = {
+        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
+    }
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **hub)
+    settings = getattr(config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    if method != METHOD:
+        raise ValueError(
+            f"{name_or_path} is not an mbq checkpoint: its config.json has "
+            + ("no quantization_config" if method is None else f"quant_method {method!r}")
+            + "; load it with transformers, and quantize it with mbq_ao.quantize_"
+        )
+    (architecture,) = config.architectures or [None]
+    cls = getattr(transformers, architecture or "", None)
+    if cls is None:
+        raise ValueError(
+            f"{name_or_path} is of the class {architecture}, which is not in transformers {transformers.__version__}"
+        )
+    loading = Loading(verify)
+    token = LOADING.set(loading)
+    try:
+        model, info = cls.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
+    except SafetensorError as error:
+        raise ValueError(f"{name_or_path} is damaged: {error}; copy or download it again") from error
+    except RuntimeError as error:
+        if loading.error is not None:
+            raise ValueError(f"cannot load {name_or_path}: {loading.error}") from error
+        raise
+    finally:
+        LOADING.reset(token)
+    lacking = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
+    if lacking:
+        raise ValueError(
+            f"{name_or_path} does not fill a {architecture}: {listed(lacking)} missing, or of another shape there"
+        )
+    return model
+
+
+def model_card(model: PreTrainedModel, report: CalibrationReport | None) -> str:
+    """README.md of a checkpoint."""
+    config: MBQCheckpointConfig = model.config.quantization_config
+    weights = packed_weights(model).values()
+    quantized = sum(w.quantized_nbytes() for w in weights)
+    before = sum(w.numel() * w.element_size() for w in weights)
+    settings = {k: v for k, v in config.to_dict().items() if k not in ("quant_method", "parameters", "calibration")}
+    settings |= {f"calibration: {k}": v for k, v in (config.calibration or {}).items()}
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [mbq, mbq_ao, quantized]",
+        "---",
+        "",
+        f"# {type(model).__name__}, {config.precision or 'low-bit'} by MBQ",
+        "",
+        "**Loading this needs the package `mbq_ao`.** Without it transformers prints a warning about an unknown",
+        "quantization type and returns a model with random weights.",
+        "",
+        "```python",
+        "import mbq_ao",
+        "",
+        'model = mbq_ao.from_pretrained("PATH OR NAME OF THIS CHECKPOINT")',
+        "```",
+        "",
+        f"{len(weights)} weights quantized: {before / 1e6:.1f} MB in {model.dtype} -> {quantized / 1e6:.1f} MB.",
+        "",
+        "| setting | value |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in settings.items()),
+        "",
+    ]
+    if report is not None:
+        lines += ["## Calibration", "", "```", str(report), "```", ""]
+    return "\n".join(lines)
+
+
+def _checksums_of(shard: Path) -> dict[str, str]:
+    with safe_open(shard, framework="pt") as file:
+        return checksums({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  (not a dict)
+
+
+def _sync(file: Path) -> None:
+    with open(file, "rb") as opened:
+        os.fsync(opened.fileno())
+
+
+def _publish(staging: Path, target: Path) -> None:
+    """Move the complete checkpoint to its place: as one rename, or file by file into a folder that is there."""
+    staging.chmod(0o777 & ~_umask())  # mkdtemp's own is private
+    if not target.exists():
+        staging.rename(target)
+        return
+    new = {file.name for file in staging.iterdir()}
+    stale = [f for f in target.glob("*.safetensors*") if f.name not in new]
+    # config.json comes last: until then the old one stands beside shards that it describes just as well or not at all.
+    for file in sorted(staging.iterdir(), key=lambda f: f.name == "config.json"):
+        os.replace(file, target / file.name)
+    for file in stale:
+        file.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
