@@ -8,7 +8,8 @@ The tree, and which way imports go (each line imports only from lines above it):
 
     kernels/               shapes and bits: packed layout, fp32 reference, Triton kernels, the custom op
     quant_primitives.py    choose_qparams, quantize, dequantize: pure torch
-    packed_weight.py       what our weights have in common; packed_shapes.py: their slices, splits and views
+    packed_weight.py       what our weights have in common; packed_shapes.py: their slices, splits and views;
+                           packed_products.py: linears, matmuls and products of experts
     int3_tensor.py         MBQInt3Tensor, the weight that serves W3A16; w4a8_tensor.py: MBQW4A8Tensor
     fuse_linears.py        linears that read one input: one launch for them
     tuning.py              measure which kernel configuration is fastest here

@@ -1,7 +1,11 @@
-"""torchao configs: how `quantize_` gives a linear layer one of our weights without calibration.
+r"""torchao configs: how `quantize_` gives a linear layer one of our weights without calibration.
 
     from torchao.quantization import quantize_
     quantize_(model, Int3WeightOnlyConfig(group_size=128))      # every nn.Linear; choose others with filter_fn
+
+The experts of a mixture are 3-D parameters, which torchao's FqnToConfig names:
+
+    quantize_(model, FqnToConfig({r"re:.*\.experts\.(gate_up|down)_proj": Int3WeightOnlyConfig()}), filter_fn=None)
 
 Rounding to the nearest point of the grid is what calibration (mbq_ao.mbq_config) is measured against.
 """
@@ -11,7 +15,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
@@ -47,43 +51,65 @@ class Int8DynamicActivationInt4WeightMBQConfig(AOBaseConfig):
 
 
 @register_quantize_module_handler(Int3WeightOnlyConfig)
-def quantize_linear_int3(
+def quantize_module_int3(
     module: nn.Module, config: Int3WeightOnlyConfig, *, parameter_name: str = "weight"
 ) -> nn.Module:
-    """Replace the module's weight by its 3-bit form. Any other parameter (a bias) is left as it is."""
-    return _quantize_linear(module, MBQInt3Tensor, config.group_size, parameter_name)
+    """Replace the module's weight, or a 3-D parameter of experts, by its 3-bit form; leave any other (a bias)."""
+    return _quantize_parameter(module, MBQInt3Tensor, config.group_size, parameter_name)
 
 
 @register_quantize_module_handler(Int8DynamicActivationInt4WeightMBQConfig)
-def quantize_linear_w4a8(
+def quantize_module_w4a8(
     module: nn.Module, config: Int8DynamicActivationInt4WeightMBQConfig, *, parameter_name: str = "weight"
 ) -> nn.Module:
-    """Replace the module's weight by its 4-bit form. Any other parameter (a bias) is left as it is."""
-    return _quantize_linear(module, MBQW4A8Tensor, config.group_size, parameter_name)
+    """Replace the module's weight, or a 3-D parameter of experts, by its 4-bit form; leave any other (a bias)."""
+    return _quantize_parameter(module, MBQW4A8Tensor, config.group_size, parameter_name)
 
 
-def _quantize_linear(
+def _quantize_parameter(
     module: nn.Module, kind: type[PackedWeight], group_size: int | None, parameter_name: str
 ) -> nn.Module:
-    if parameter_name != "weight":
+    value = getattr(module, parameter_name, None)
+    if not isinstance(value, Tensor):
+        raise ValueError(f"this {type(module).__name__} has no {parameter_name} to quantize; exclude the module")
+    if parameter_name != "weight" and value.dim() != 3:
         return module
-    weight = module.weight
-    if isinstance(weight, PackedWeight):
+    if isinstance(value, PackedWeight):
         raise ValueError(
-            f"the weight of this {type(module).__name__} is quantized already: {weight}; "
+            f"the {parameter_name} of this {type(module).__name__} is quantized already: {value}; "
             "exclude the module with filter_fn, or load the model again"
         )
-    quantized = kind.from_hp(weight.detach(), group_size)
-    module.weight = nn.Parameter(quantized, requires_grad=False)
+    if parameter_name == "weight" and value.dim() != 2:
+        raise ValueError(
+            f"the weight of this {type(module).__name__} is not that of a linear layer, which is (N, K), but "
+            f"{tuple(value.shape)}; exclude the module"
+        )
+    if value.dim() == 3 and _is_transposed(module, parameter_name):
+        quantized = kind.from_hp(value.detach().mT, group_size).mT
+    else:
+        quantized = kind.from_hp(value.detach(), group_size)
+    setattr(module, parameter_name, nn.Parameter(quantized, requires_grad=False))
     show_weight(module)
     return module
 
 
+def _is_transposed(experts: nn.Module, parameter_name: str) -> bool:
+    """Whether its weights are (E, K, N), the input second; transformers says so of most of its experts."""
+    if isinstance(transposed := getattr(experts, "is_transposed", None), bool):
+        return transposed
+    name = type(experts).__name__
+    raise ValueError(
+        f"{parameter_name} of this {name} is {tuple(getattr(experts, parameter_name).shape)}, and nothing says whether "
+        f"its experts are (out, in) or (in, out): set {name}.is_transposed to False or, for (in, out), True before"
+    )
+
+
 def show_weight(module: nn.Module) -> None:
-    """Let `print(model)` say what kind of weight the module has."""
+    """Let `print(model)` say what kind of weights the module has."""
     module.extra_repr = functools.partial(_extra_repr, module)  # not a method, which could not be unpickled
 
 
 def _extra_repr(self: nn.Module) -> str:
-    """What `print(model)` says of a quantized layer; the class's own line, and the weight."""
-    return f"{type(self).extra_repr(self)}, weight={self.weight}"
+    """What `print(model)` says of a quantized module; the class's own line, and its quantized parameters."""
+    packed = [f"{name}={p}" for name, p in self.named_parameters(recurse=False) if isinstance(p, PackedWeight)]
+    return ", ".join(filter(None, [type(self).extra_repr(self), *packed]))

@@ -40,7 +40,8 @@ def fuse_linears_(model: nn.Module) -> list[list[str]]:
 
     Siblings: neighbours in one parent module with the same type of weight, in_features, group size, dtype and device,
     each but the last with whole tiles of rows (32 of MBQInt3Tensor, 16 of MBQW4A8Tensor). Values, shapes and results
-    do not change; the parameters are new objects. Every other linear is left as it is.
+    do not change; the parameters are new objects. Every other linear is left as it is, and so are the experts of a
+    mixture, which lie in one parameter already.
     Returns the names of the linears laid together, a list a group; empty if there is nothing to do.
     `unfuse_linears_` undoes it; do that before saving a checkpoint, as file formats may not like shared storage.
     """

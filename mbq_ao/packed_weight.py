@@ -2,7 +2,8 @@
 
 A (N, K) weight as packed data and scales, and for some a zero point. They have the dimension order of the weight, so
 slicing, sharding and concatenating are the same on all of them; packed_shapes.py does it. They work on whole tiles
-(TILE_N rows or TILE_K columns of the packed data) and whole groups.
+(TILE_N rows or TILE_K columns of the packed data) and whole groups. The experts of a mixture are one (E, N, K) weight:
+all data have the leading dimension, too, and `w[e]` is expert e.
 
 `act_pre_scale` belongs to the activation, not to the weight: calibration multiplies a column of the weight by s
 and, where no earlier layer can take 1 / s, leaves it here. `dequantize()` does not apply it.
@@ -29,9 +30,10 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class PackedWeight(TorchAOBaseTensor):
-    """A (N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
+    """A (N, K) or (E, N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
 
-    A subclass names its data, checks it in __new__, and has from_hp, dequantize, _linear and _rows.
+    A subclass names its data, checks it in __new__, and has from_hp, _quantize, _dequantize, _linear, _grouped_mm and
+    _rows.
     """
 
     tensor_attribute_names = ["block_size", "shape"]  # noqa: RUF012
@@ -49,41 +51,83 @@ class PackedWeight(TorchAOBaseTensor):
 
     @classmethod
     def from_hp(cls, w: Tensor, group_size: int | None, act_pre_scale: Tensor | None = None) -> Self:
-        """Quantize a (N, K) weight by rounding it to the nearest point of its grid."""
+        """Quantize a (N, K) or (E, N, K) weight by rounding it to the nearest point of its grid."""
         raise NotImplementedError
 
-    def dequantize(self) -> Tensor:
-        """The plain weight in scale's dtype, (N, K), or (K, N) where transposed; without act_pre_scale."""
+    @classmethod
+    def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
+        """The data of a (N, K) weight, in the order of tensor_data_names."""
+        raise NotImplementedError
+
+    def _dequantize(self) -> Tensor:
+        """The plain (N, K) weight, whether or not it is transposed."""
         raise NotImplementedError
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """F.linear(x, self, bias) of a weight that is not transposed."""
+        """F.linear(x, self, bias) of a (N, K) weight, whether or not it is transposed."""
+        raise NotImplementedError
+
+    def _grouped_mm(self, x: Tensor, offs: Tensor | None) -> Tensor:
+        """Rows of x (S, K) up to offs[e] by expert e of a (E, N, K) weight, see kernels/experts.py."""
         raise NotImplementedError
 
     def _rows(self, rows: Tensor) -> Tensor:
-        """Rows (R,) of the plain weight, (R, K); it is not transposed and has no act_pre_scale."""
+        """Rows (R,) of a plain (N, K) weight, (R, K); it is not transposed and has no act_pre_scale."""
         raise NotImplementedError
+
+    @classmethod
+    def _from_hp(cls, w: Tensor, group_size: int | None, act_pre_scale: Tensor | None) -> Self:
+        """What from_hp returns. Experts are quantized one by one: beside w it takes what one of them does, and their
+        packed data, twice while they are stacked."""
+        g = checked_group_size(w, group_size)
+        w = w.detach()
+        act_pre_scale = checked_pre_scale(act_pre_scale, w)
+        if w.dim() == 2:
+            data = cls._quantize(w, g)
+        else:
+            experts = [cls._quantize(expert, g) for expert in w]
+            data = tuple(torch.stack(tensors) for tensors in zip(*experts, strict=True))
+        return cls(*data, [1] * (w.dim() - 1) + [g], tuple(w.shape), act_pre_scale)
+
+    def dequantize(self) -> Tensor:
+        """The plain weight in scale's dtype and of the same shape, transposed or not; without act_pre_scale."""
+        if self.dim() == 2:
+            w = self._dequantize()
+        else:
+            w = self.scale.new_empty(plain_shape(self.shape, self.transposed))
+            for e, expert in enumerate(self.unbind()):
+                w[e] = expert._dequantize()
+        return w.mT if self.transposed else w
 
     @classmethod
     def _wrapper(
         cls, shape: Sequence[int], scale: Tensor, act_pre_scale: Tensor | None, transposed: bool | None
     ) -> Self:
         """What __new__ returns, after it has checked the data of its own."""
-        k = shape[0] if transposed else shape[1]
+        *experts, n, k = plain_shape(shape, transposed)
         if scale.dtype not in _DTYPES:
             raise ValueError(f"scale must be bfloat16, float16 or float32, got {scale.dtype}")
-        if act_pre_scale is not None and tuple(act_pre_scale.shape) != (k,):
+        if act_pre_scale is not None and tuple(act_pre_scale.shape) != (*experts, k):
             raise ValueError(
-                f"act_pre_scale must be one factor an input channel, ({k},), got {tuple(act_pre_scale.shape)}"
+                f"act_pre_scale must be one factor an input channel, {(*experts, k)}, got {tuple(act_pre_scale.shape)}"
             )
         return torch.Tensor._make_wrapper_subclass(
             cls,
             tuple(shape),
-            strides=(1, k) if transposed else (k, 1),
+            strides=(n * k,) * len(experts) + ((1, k) if transposed else (k, 1)),
             device=scale.device,
             dtype=scale.dtype,
             requires_grad=False,
         )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        # What transformers calls where torch's grouped_mm would not do. By name: the op exists once that is imported.
+        if getattr(func, "_qualified_op_name", None) == "transformers::grouped_mm_fallback":
+            func = torch.nn.functional.grouped_mm
+        return super().__torch_function__(func, types, args, kwargs or {})
 
     @classmethod
     def __torch_dispatch__(
@@ -96,7 +140,12 @@ class PackedWeight(TorchAOBaseTensor):
     @property
     def group_size(self) -> int:
         """Columns that share a scale; K where a row has one."""
-        return self.block_size[1]
+        return self.block_size[-1]
+
+    @property
+    def in_features(self) -> int:
+        """K, whether or not the weight is transposed."""
+        return self.shape[-2 if self.transposed else -1]
 
     def quantized_nbytes(self) -> int:
         """Bytes of all the data. (`nbytes` is what a plain tensor of this shape and dtype would take.)"""
@@ -137,24 +186,33 @@ class PackedWeight(TorchAOBaseTensor):
         return type(self)(**{name: changes.get(name, getattr(self, name)) for name in names})
 
 
-def check_groups(name: str, values: Tensor, n: int, k: int, group_size: int) -> None:
-    """Raise ValueError unless there is one of `values`, the scales or zero points, a row and group."""
-    expected = (n, num_groups(k, group_size))
+def plain_shape(shape: Sequence[int], transposed: bool | None) -> tuple[int, ...]:
+    """(N, K) or (E, N, K) of a weight that has this shape; ValueError for other numbers of dimensions."""
+    if len(shape) not in (2, 3):
+        raise ValueError(f"a quantized weight has two dimensions, or three with experts, got shape {tuple(shape)}")
+    return (*shape[:-2], shape[-1], shape[-2]) if transposed else tuple(shape)
+
+
+def check_groups(name: str, values: Tensor, shape: Sequence[int], group_size: int) -> None:
+    """Raise ValueError unless there is one of `values`, the scales or zero points, a row and group of (.., N, K)."""
+    expected = (*shape[:-1], num_groups(shape[-1], group_size))
     if tuple(values.shape) != expected:
         raise ValueError(
-            f"{name} of a {n} x {k} weight, group_size {group_size}, must be {expected}, got {tuple(values.shape)}"
+            f"{name} of a {' x '.join(map(str, shape))} weight, group_size {group_size}, must be {expected}, got "
+            f"{tuple(values.shape)}"
         )
 
 
 def checked_group_size(w: Tensor, group_size: int | None) -> int:
     """The group size with None resolved to K, after checking it and the weight."""
-    if w.dim() != 2 or w.dtype not in _DTYPES:
+    if w.dim() not in (2, 3) or w.dtype not in _DTYPES:
         raise ValueError(
-            f"a weight must be (N, K) in bfloat16, float16 or float32, got {w.dtype} of shape {tuple(w.shape)}"
+            f"a weight must be (N, K) or, with experts, (E, N, K) in bfloat16, float16 or float32, got {w.dtype} of "
+            f"shape {tuple(w.shape)}"
         )
     if w.numel() == 0:
         raise ValueError(f"a weight must have rows and columns, got shape {tuple(w.shape)}")
-    return check_group_size(group_size) or w.shape[1]
+    return check_group_size(group_size) or w.shape[-1]
 
 
 def check_group_size(group_size: int | None) -> int | None:
@@ -181,52 +239,6 @@ def checked_pre_scale(act_pre_scale: Tensor | None, w: Tensor) -> Tensor | None:
     if not act_pre_scale.isfinite().all():
         raise ValueError(f"act_pre_scale holds values that are NaN or infinite in {w.dtype}; it must be finite")
     return act_pre_scale
-
-
-# --- the linear layer -------------------------------------------------------------------------------------------
-
-
-def _linear(x: Tensor, w: PackedWeight, bias: Tensor | None) -> Tensor:
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    k = w.shape[0] if w.transposed else w.shape[1]
-    if x.dim() and x.shape[-1] != k:  # the ops know the weight's width up to a tile only
-        raise ValueError(f"the last dimension of x must be {k}, as {w} has it, got x of shape {tuple(x.shape)}")
-    return w._linear(x, bias)
-
-
-@PackedWeight.implements(aten.linear.default)
-@PackedWeight.implements_torch_function(torch.nn.functional.linear)
-def _aten_linear(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not isinstance(weight, PackedWeight) or weight.transposed:
-            raise NotImplementedError(
-                f"{func}: only the weight, and not its transpose, can be quantized; call dequantize() first"
-            )
-        return _linear(input, weight, bias)
-
-    return linear(*args, **kwargs)
-
-
-@PackedWeight.implements([aten.mm.default, aten.addmm.default])
-def _mm(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    *bias, x, w = args
-    if isinstance(x, PackedWeight) or not isinstance(w, PackedWeight) or not w.transposed:
-        raise NotImplementedError(f"{func}: only x @ w.t() is supported for a quantized w; call dequantize() first")
-    if any(kwargs.get(name, 1) != 1 for name in ("alpha", "beta")):
-        raise NotImplementedError(f"{func}: alpha and beta must be 1 for {w}; call dequantize() first")
-    if bias and bias[0].shape != (w.shape[1],):
-        return _linear(x, w, None) + bias[0]
-    return _linear(x, w, bias[0] if bias else None)
-
-
-@PackedWeight.implements(aten.embedding.default)
-def _embedding(func: Any, types: Any, args: Any, kwargs: Any) -> Tensor:
-    w, index = args[:2]
-    if not isinstance(w, PackedWeight) or w.transposed or w.act_pre_scale is not None:
-        raise NotImplementedError(f"{func}: needs a table that is not transposed and has no act_pre_scale")
-    return w._rows(index.reshape(-1)).view(*index.shape, w.shape[1])
 
 
 # --- copies and conversions -------------------------------------------------------------------------------------

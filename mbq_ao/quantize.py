@@ -188,7 +188,8 @@ def mbq_config(
     recipe: "best" is the corrected calibration. "paper" computes what the published code computes, number
         for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
         scaled only where v_proj has its shape, and what no producer can take is not scaled.
-        To reproduce the paper on several samples, pass them as one padded batch, as its code does.
+        To reproduce the paper on several samples, pass them as one padded batch, as its code does. It knows no
+        mixtures of experts: they have the groups that "best" finds, but for those that no producer can take.
         "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
         same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
         balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.
@@ -201,8 +202,10 @@ def mbq_config(
         Int8DynamicActivationInt8WeightConfig() or our Int8DynamicActivationInt4WeightMBQConfig(). None: the tower
         stays as it is, as in the paper's main tables.
     filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` or `targets` of the
-        vision tower, to quantize; None: all of them.
-    scale_groups: use these groups (names relative to a decoder layer) instead of looking for them.
+        vision tower, to quantize; None: all of them. Experts in a 3-D parameter are quantized all or none: it gets the
+        parameter's name and the first expert, as a linear. Routers are never quantized.
+    scale_groups: use these groups (names relative to a decoder layer) instead of looking for them. They cannot name
+        experts.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
     targets: what is calibrated. "decoder": its layers. "decoder+vision": also the vision tower's blocks and the
         projector, in the same precision and by the same search, on the images of calib_data, with all patches
@@ -237,6 +240,7 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     device: torch.types.Device = None,
     *,
+    compute_device: torch.types.Device = None,
     progress: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
     distributed: bool = True,
@@ -249,10 +253,11 @@ def quantize_(
     Any other config is handed to torchao's own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
-    device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder layers (and
-        with `targets` the vision tower's blocks) go there one at a time, so a model larger than the device's memory
-        can be calibrated.
-        None: each layer stays where it is.
+    device: where to compute, and where the quantized model ends up, as with torchao. None: the model stays where it is.
+    compute_device: where to compute, if not where the model ends up. Decoder layers and blocks of the vision tower go
+        there one at a time, activations a batch at a time, so that neither the model nor the data need fit:
+        `mbq_ao.calibration.memory.estimate` says what is needed. compute_device="cuda" alone calibrates a model on the
+        GPU and leaves it on the host. None: `device`, or each layer where it is.
     progress: show progress bars.
     work_dir: a folder, made if missing, in which each block's scales are kept as soon as they are found. If
         this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit as an
@@ -271,10 +276,11 @@ def quantize_(
     Memory beyond the model: see mbq_ao/calibration/mbq.py.
     """
     if not isinstance(config, MBQConfig):
-        if work_dir is not None:
-            raise ValueError(
-                f"work_dir keeps what a calibration found, but {type(config).__name__} calibrates nothing; leave it out"
-            )
+        for name, value in {"work_dir": work_dir, "compute_device": compute_device}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is for calibration, but {type(config).__name__} calibrates nothing; leave it out"
+                )
         torchao_quantize_(model, config, filter_fn, device)
         return None
 
@@ -285,7 +291,7 @@ def quantize_(
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
-    to = None if device is None else torch.device(device)
+    to, compute_on = (None if d is None else torch.device(d) for d in (device, compute_device))
     with joined_ranks(distributed) as ranks, open_work_dir(work_dir if ranks.is_first else None) as store:
         # Before the work, as it may raise; calibration does not touch the tower.
         tower = {} if config.vision is None else vision_linears(model, passes)
@@ -300,7 +306,7 @@ def quantize_(
             config.calib_data,
             config.settings(),
             filter_fn=passes,
-            device=to,
+            device=compute_on or to,
             progress=progress,
             store=store,
             ranks=ranks,

@@ -12,25 +12,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mbq_ao.kernels import w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
+from mbq_ao import packed_products  # noqa: F401  (registers them for PackedWeight)
+from mbq_ao.kernels import expert_ops, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
 from mbq_ao.kernels.int4_layout import TILE_K, TILE_N, check_int4_qdata, pack_int4, unpack_int4_rows
-from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, checked_group_size, checked_pre_scale
+from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, plain_shape
 from mbq_ao.quant_primitives import by_row_slabs, choose_scale_symmetric, dequantize_affine, quantize_symmetric
 
 
 class MBQW4A8Tensor(PackedWeight):
-    """A (N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
+    """A (N, K) or (E, N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
 
-    Tensor data:
+    Tensor data, with (E, ...) before each shape where there are experts:
         qdata: int8 (ceil(N / 16), ceil(K / 64), 32, 16), see kernels/int4_layout.py
         scale: (N, ceil(K / group_size)), bfloat16 | float16 | float32
     Attributes:
-        block_size: [1, group_size]; group_size is K where a row has one scale
-        shape: (N, K), or (K, N) where transposed
+        block_size: [1, group_size], or [1, 1, group_size] with experts; group_size is K where a row has one scale
+        shape: (N, K) or (E, N, K); (K, N) or (E, K, N) where transposed
     Optional tensor data:
-        act_pre_scale: (K,) in scale's dtype, multiplies the activation before it is quantized
+        act_pre_scale: (K,) or (E, K) in scale's dtype, multiplies the activation before it is quantized
     Optional attributes:
-        transposed: whether this is the `.t()` of a weight; the data is not
+        transposed: whether this is the `.mT` of a weight; the data is not
     """
 
     tensor_data_names = ["qdata", "scale"]  # noqa: RUF012
@@ -45,9 +46,9 @@ class MBQW4A8Tensor(PackedWeight):
         act_pre_scale: Tensor | None = None,
         transposed: bool | None = None,
     ) -> MBQW4A8Tensor:
-        n, k = reversed(shape) if transposed else shape
-        check_int4_qdata(qdata, n, k)
-        check_groups("scale", scale, n, k, block_size[1])
+        data_shape = plain_shape(shape, transposed)
+        check_int4_qdata(qdata, *data_shape)
+        check_groups("scale", scale, data_shape, block_size[-1])
         return cls._wrapper(shape, scale, act_pre_scale, transposed)
 
     def __init__(
@@ -67,29 +68,34 @@ class MBQW4A8Tensor(PackedWeight):
 
     @classmethod
     def from_hp(cls, w: Tensor, group_size: int | None = None, act_pre_scale: Tensor | None = None) -> MBQW4A8Tensor:
-        """Quantize a (N, K) weight by rounding it to the nearest point of its groups' grids.
+        """Quantize a (N, K) or (E, N, K) weight by rounding it to the nearest point of its groups' grids.
 
         w: bfloat16, float16 or float32; the scales get its dtype.  group_size: 32, 64 or 128 columns share a
-        scale; None: one scale a row, which is less work. N and K are free.  act_pre_scale: (K,), see the class.
-        Raises ValueError for anything else, and if w or act_pre_scale holds a NaN or an infinity.
+        scale; None: one scale a row, which is less work. E, N and K are free.  act_pre_scale: (K,) or (E, K), see the
+        class. Raises ValueError for anything else, and if w or act_pre_scale holds a NaN or an infinity.
         """
-        g = checked_group_size(w, group_size)
+        return cls._from_hp(w, group_size, act_pre_scale)
 
-        def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
-            scale = choose_scale_symmetric(x, group_size=g, scale_dtype=w.dtype)
-            return pack_int4(quantize_symmetric(x, scale, group_size=g)), scale
+    @classmethod
+    def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
+        def quantize(x: Tensor) -> tuple[Tensor, ...]:
+            scale = choose_scale_symmetric(x, group_size=group_size, scale_dtype=w.dtype)
+            return pack_int4(quantize_symmetric(x, scale, group_size=group_size)), scale
 
-        qdata, scale = by_row_slabs(quantize, w.detach(), TILE_N)
-        check_finite(w, scale)
-        return cls(qdata, scale, [1, g], tuple(w.shape), checked_pre_scale(act_pre_scale, w))
+        data = by_row_slabs(quantize, w, TILE_N)
+        check_finite(w, data[1])
+        return data
 
-    def dequantize(self) -> Tensor:
-        k = self.shape[0] if self.transposed else self.shape[1]
-        w = torch.ops.mbq_ao.int4_dequantize(self.qdata, self.scale, k, self.group_size, self.scale.dtype)
-        return w.t() if self.transposed else w
+    def _dequantize(self) -> Tensor:
+        return torch.ops.mbq_ao.int4_dequantize(
+            self.qdata, self.scale, self.in_features, self.group_size, self.scale.dtype
+        )
 
     def _linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mbq_ao.w4a8_linear(x, self.qdata, self.scale, bias, self.act_pre_scale, self.group_size)
+
+    def _grouped_mm(self, x: Tensor, offs: Tensor | None) -> Tensor:
+        return torch.ops.mbq_ao.w4a8_grouped_mm(x, self.qdata, self.scale, self.act_pre_scale, self.group_size, offs)
 
     def _rows(self, rows: Tensor) -> Tensor:
         scale = self.scale.index_select(0, rows)  # checks rows, too

@@ -168,13 +168,86 @@ CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
     "qwen3": lambda: tf.Qwen3Config(**_text()),
     "starcoder2": lambda: tf.Starcoder2Config(**_text()),
 }
-TEXT_ONLY = ("llama", "llama_mha", "opt", "phi3", "cohere", "olmo2", "qwen3", "starcoder2")
-NUM_IMAGE_TOKENS = {"llava_onevision": 10, "internvl": 1, "smolvlm": 1, "mllama": 1}
+_MOE = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+_ROUTED = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 1}
+MOE_CONFIGS: dict[str, Callable[[], tf.PretrainedConfig]] = {
+    "qwen3_vl_moe": lambda: tf.Qwen3VLMoeConfig(
+        text_config=_text(**_MOE, rope_parameters={**MROPE, "mrope_interleaved": True}),
+        vision_config={
+            **QWEN_VISION,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "intermediate_size": 64,
+            "deepstack_visual_indexes": [0],
+            "num_position_embeddings": 16,
+        },
+        **QWEN_IDS,
+    ),
+    "llama4": lambda: tf.Llama4Config(
+        text_config=_text(
+            intermediate_size=32,
+            intermediate_size_mlp=128,
+            num_local_experts=4,
+            interleave_moe_layer_step=2,
+            attention_chunk_size=32,
+        ),
+        vision_config={
+            **VISION,
+            "intermediate_size": 128,
+            "vision_output_dim": 64,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+            "pixel_shuffle_ratio": 0.5,
+        },
+        image_token_index=IMAGE,
+        boi_token_index=IMAGE_START,
+        eoi_token_index=IMAGE_END,
+    ),
+    "glm4v_moe": lambda: tf.Glm4vMoeConfig(
+        text_config=_text(**_ROUTED, rope_parameters={**MROPE, "partial_rotary_factor": 1.0}),
+        vision_config={
+            "depth": 1,
+            "num_heads": 2,
+            "hidden_size": 32,
+            "out_hidden_size": 64,
+            "intermediate_size": 64,
+            "image_size": 56,
+            "patch_size": 14,
+        },
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        image_start_token_id=IMAGE_START,
+        image_end_token_id=IMAGE_END,
+    ),
+    "mixtral": lambda: tf.MixtralConfig(**_text(intermediate_size=32, num_local_experts=4)),
+    "qwen3_moe": lambda: tf.Qwen3MoeConfig(**_text(**_MOE)),
+    "qwen2_moe": lambda: tf.Qwen2MoeConfig(**_text(**_MOE, shared_expert_intermediate_size=32)),
+    "gpt_oss": lambda: tf.GptOssConfig(
+        **_text(intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=16)
+    ),
+    "deepseek_v3": lambda: tf.DeepseekV3Config(
+        **_text(
+            **_ROUTED,
+            num_key_value_heads=4,
+            head_dim=8,
+            kv_lora_rank=32,
+            q_lora_rank=32,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=16,
+            n_group=2,
+            topk_group=1,
+        )
+    ),
+}
+MOE_TEXT_ONLY = ("mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3")
+TEXT_ONLY = ("llama", "llama_mha", "opt", "phi3", "cohere", "olmo2", "qwen3", "starcoder2", *MOE_TEXT_ONLY)
+NUM_IMAGE_TOKENS = {"llava_onevision": 10, "internvl": 1, "smolvlm": 1, "mllama": 1, "llama4": 1}
 
 
 def build_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> nn.Module:
     """A model of the family in eval mode; `changes` are attributes of its text config."""
-    config = CONFIGS[family]()
+    config = (CONFIGS | MOE_CONFIGS)[family]()
     for name, value in changes.items():
         setattr(config.get_text_config(decoder=True), name, value)
     auto = tf.AutoModelForCausalLM if family in TEXT_ONLY else tf.AutoModelForImageTextToText
@@ -183,7 +256,7 @@ def build_model(family: str, dtype: torch.dtype = torch.float32, **changes: Any)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    return model.to(dtype)
+    return model if dtype == torch.float32 else model.to(dtype)  # which makes complex buffers (Llama4) real
 
 
 def build_batch(family: str, num_text: int = 9, batch_size: int = 1, seed: int = 1) -> dict[str, Any]:
@@ -210,7 +283,7 @@ def _image_inputs(family: str, ids: Tensor, generator: torch.Generator) -> dict[
     def pixels(*shape: int) -> Tensor:
         return torch.randn(b, *shape, generator=generator)
 
-    if family.startswith("qwen"):
+    if family.startswith(("qwen", "glm4v")):
         return {
             "pixel_values": pixels(16, 3 * 2 * 14 * 14).flatten(0, 1),
             "image_grid_thw": torch.tensor([[1, 4, 4]] * b),

@@ -11,6 +11,7 @@ from mbq_ao.packed_weight import PackedWeight
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 N, K, G = 96, 384, 64  # whole tiles of both kinds
+E = 3
 
 Kind = type[PackedWeight]
 LINEAR_OPS = {MBQInt3Tensor: torch.ops.mbq_ao.int3_linear, MBQW4A8Tensor: torch.ops.mbq_ao.w4a8_linear}
@@ -26,6 +27,24 @@ def quantized(
 ) -> PackedWeight:
     factors = torch.rand(k, generator=torch.Generator().manual_seed(1)) + 0.5 if pre_scale else None
     return kind.from_hp(random_weight(n, k, **kwargs), group_size, act_pre_scale=factors)
+
+
+def experts(
+    kind: Kind,
+    e: int = E,
+    n: int = N,
+    k: int = K,
+    group_size: int | None = G,
+    pre_scale: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PackedWeight:
+    """A (E, N, K) weight."""
+    factors = torch.rand(e, k, generator=torch.Generator().manual_seed(1)) + 0.5 if pre_scale else None
+    return kind.from_hp(random_experts(e, n, k, dtype), group_size, act_pre_scale=factors)
+
+
+def random_experts(e: int = E, n: int = N, k: int = K, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(e, n, k, generator=torch.Generator().manual_seed(n + k)).to(dtype)
 
 
 def random_x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -21,7 +21,7 @@ ORDER = [
     "quantize",
     "demo",
 ]
-SAME_LAYER = {"packed_shapes": "packed_weight", "w4a8_tensor": "int3_tensor"}
+SAME_LAYER = {"packed_shapes": "packed_weight", "packed_products": "packed_weight", "w4a8_tensor": "int3_tensor"}
 
 
 def part_of(module: str) -> str | None:

@@ -5,7 +5,7 @@ from functools import partial
 
 import expecttest
 import torch
-from packed_weights import K, N, quantized, random_weight, random_x
+from packed_weights import N, quantized, random_weight, random_x
 
 from mbq_ao import MBQInt3Tensor, MBQW4A8Tensor
 
@@ -45,7 +45,9 @@ device=cpu)""",
     def test_dtype(self) -> None:
         self.assertExpectedInline(
             self.says(ValueError, lambda: int3(dtype=torch.float64)),
-            """a weight must be (N, K) in bfloat16, float16 or float32, got torch.float64 of shape (96, 384)""",
+            """\
+a weight must be (N, K) or, with experts, (E, N, K) in bfloat16, float16 or float32, got
+torch.float64 of shape (96, 384)""",
         )
         self.assertExpectedInline(
             self.says(ValueError, lambda: int3().double()),
@@ -55,7 +57,9 @@ device=cpu)""",
     def test_dimensions(self) -> None:
         self.assertExpectedInline(
             self.says(ValueError, lambda: MBQInt3Tensor.from_hp(torch.zeros(3))),
-            """a weight must be (N, K) in bfloat16, float16 or float32, got torch.float32 of shape (3,)""",
+            """\
+a weight must be (N, K) or, with experts, (E, N, K) in bfloat16, float16 or float32, got
+torch.float32 of shape (3,)""",
         )
         self.assertExpectedInline(
             self.says(ValueError, lambda: MBQInt3Tensor.from_hp(torch.zeros(0, 3))),
@@ -177,8 +181,8 @@ dtype=torch.float32, shape=(40, 384), group_size=64, dtype=torch.float32""",
 
     def test_wrong_side_of_a_matmul(self) -> None:
         self.assertExpectedInline(
-            self.says(NotImplementedError, lambda: int3() @ random_x(K, 2)),
-            """aten.mm.default: only x @ w.t() is supported for a quantized w; call dequantize() first""",
+            self.says(NotImplementedError, lambda: random_x(2, N) @ int3()),
+            """matmul: a quantized weight w can be in x @ w.mT and w @ x.mT only; call dequantize() first""",
         )
 
     def test_shared_memory(self) -> None:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import Cache, PreTrainedModel
 
 from mbq_ao.calibration.batch import CalibrationBatch
+from mbq_ao.calibration.residency import HERE, Placement
 
 
 def find_blocks(model: nn.Module, blocks: Sequence[nn.Module] | None = None) -> dict[str, nn.Module]:
@@ -104,7 +105,10 @@ class ModuleCall:
 
 @dataclass
 class BlockStream:
-    """One batch on its way through the blocks: the hidden state, and how each block is called."""
+    """One batch on its way through the blocks: the hidden state, and how each block is called.
+
+    Kept where its placement keeps things; `call` and `between` take and give tensors where they are computed with.
+    """
 
     hidden: Tensor = field(default_factory=lambda: torch.empty(0))  # at the current block's input
     calls: list[ModuleCall] = field(default_factory=list)  # one a block, without the hidden state
@@ -112,10 +116,11 @@ class BlockStream:
     distorted: Tensor | None = None  # the stream through the quantized blocks, with error propagation
     behind: BlockStream | None = None  # how the blocks are called behind what is quantized before them, with it too
     last_output: Tensor | None = None  # only while recording
+    placement: Placement = HERE
 
     def call(self, index: int, hidden: Tensor) -> ModuleCall:
         """The call of block `index` on `hidden`."""
-        return self.calls[index].with_hidden(hidden)
+        return self.calls[index].with_hidden(hidden).map_tensors(self.placement.fetch)
 
     def start_behind(self, stream: BlockStream) -> None:
         """Let the distorted stream be this one, recorded while what comes before the blocks is quantized."""
@@ -159,16 +164,19 @@ def forward(model: nn.Module, batch: CalibrationBatch, **extra: Any) -> Tensor:
 
 @torch.no_grad()
 def capture_streams(
-    model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[CalibrationBatch]
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    batches: Iterable[CalibrationBatch],
+    placement: Placement = HERE,
 ) -> list[BlockStream]:
-    """Run the model once on each batch and record how its blocks are called.
+    """Run the model once on each batch and record how its blocks are called. What is recorded is kept by `placement`.
 
     Raises ValueError naming the block at whose input a NaN or inf appears, and RuntimeError if the
     forward does not call every block once and in order.
     """
     streams = []
     for batch in batches:
-        stream = BlockStream()
+        stream = BlockStream(placement=placement)
         hooks = (
             block.register_forward_hook(
                 partial(record_call, stream, index, f"{name} on calibration batch {batch.index}"), with_kwargs=True
@@ -176,7 +184,7 @@ def capture_streams(
             for index, (name, block) in enumerate(blocks.items())
         )
         with hooked(hooks):
-            forward(model, batch, logits_to_keep=1)
+            forward(model, batch.on(placement), logits_to_keep=1)
         if len(stream.calls) != len(blocks):
             raise RuntimeError(
                 f"{type(model).__name__} made {len(stream.calls)} calls of its {len(blocks)} blocks on calibration "
@@ -209,8 +217,8 @@ def record_call(
             "model's weights and dtype (float16 overflows where bfloat16 does not) and the batch"
         )
     if stream.last_output is None:
-        stream.hidden = call.hidden
+        stream.hidden = stream.placement.keep(call.hidden)
     elif call.hidden is not stream.last_output and not torch.equal(call.hidden, stream.last_output):
-        stream.deltas[len(stream.calls)] = call.hidden - stream.last_output
-    stream.calls.append(call.with_hidden(None))
+        stream.deltas[len(stream.calls)] = stream.placement.keep(call.hidden - stream.last_output)
+    stream.calls.append(call.with_hidden(None).map_tensors(stream.placement.keep))
     stream.last_output = first_tensor(output)

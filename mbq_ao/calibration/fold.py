@@ -67,13 +67,16 @@ class RowMap:
 class ScaleGroup:
     """Linears that read the same x, and the producer of x. Names are relative to the block.
 
-    linears: names of the nn.Linear modules, in the order in which they run.
+    linears: names of the nn.Linear modules, in the order in which they run. Of an expert in a 3-D parameter:
+        "mlp.experts.down_proj.3". A router that reads x is among them, as a module with a `weight`.
     producer: name of the norm or linear that takes 1 / s; None to be found out, or if nothing can.
     fold: how it takes it (see the table above); None to be found out, or if there is no producer.
     inspect: name of the module whose output is compared in the search; "" is the block itself. None: the
         smallest module that contains all linears of the group, a single linear itself.
     row_map: which producer row feeds which channel ("rows" only); the identity also stands for "to be found out".
     mixes_tokens: whether tokens are mixed between producer and linears (attention); always found out.
+    sensitivity_at: name of the module at whose output the sensitivity is measured; None: of `inspect`. An expert's
+        own output has few tokens, so there it is the module around the experts.
     """
 
     linears: tuple[str, ...]
@@ -82,6 +85,11 @@ class ScaleGroup:
     inspect: str | None = None
     row_map: RowMap = RowMap()
     mixes_tokens: bool = False
+    sensitivity_at: str | None = None
+
+    @property
+    def measured_at(self) -> str:
+        return (self.inspect if self.sensitivity_at is None else self.sensitivity_at) or ""
 
     def weight_names(self) -> list[str]:
         return [f"{name}.weight" for name in self.linears]
@@ -95,8 +103,12 @@ class Scaling:
     s: Tensor
 
 
-def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str, Tensor]:
+def folded_parameters(
+    block: nn.Module, scalings: Iterable[Scaling], *, vectors_only: bool = False
+) -> dict[str, Tensor]:
     """The block's parameters after folding, as new tensors: name -> value, only what changes.
+
+    vectors_only: leave out the matrices.
 
     Scalings are applied in order, as one parameter may change twice (v_proj: columns, then rows).
     Groups without a producer change nothing here: their linears get W diag(s) and `act_pre_scale`
@@ -106,6 +118,8 @@ def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str
 
     def apply(name: str, fn: object) -> None:
         value = changed[name] if name in changed else block.get_parameter(name).detach()
+        if vectors_only and value.ndim > 1:
+            return
         changed[name] = fn(value.to(_compute_dtype(value))).to(value.dtype)  # type: ignore[operator]
 
     for scaling in scalings:

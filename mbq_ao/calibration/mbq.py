@@ -1,6 +1,7 @@
 """MBQ, modality-balanced quantization: the main job, top to bottom. Start reading at `calibrate`.
 
     find the blocks: the decoder's layers and, before them, what `targets` adds (stacks.py)
+    -> show experts as linears
     -> for each stack of blocks: run the model once, record how each block is called
        -> find the scale groups -> in the decoder, measure how sensitive the loss is to each modality
        -> for each block and group: search the scale, plan the fold, quantize
@@ -14,16 +15,21 @@ so a failure or Ctrl-C at any point leaves the model as it was; with a work_dir 
 The price is that the packed weights lie beside the original ones until the end: 3.25 bits a weight for w3a16 at group
 size 128, 4 for w4a8.
 
-Memory beyond the model (and `device`), at the peak at most:
+Memory beyond the model, at the peak at most, where everything is computed where it lies (device=None):
 
     the packed weights of all blocks
     + 3.5 fp32 copies of one block: it is copied to be probed, and folded or fake-quantized beside that
     + 4.5 times the hidden states of all calibration tokens, 10 times with error propagation: the stream, and the
       inputs, targets and outputs of one group at a time
+    + in a mixture of experts 3.5 times the inputs of one parameter's experts: tokens, times experts a token, times its
+      in_features
 
 (measured in test/calibration/test_memory.py). Of several stacks one at a time counts, with its own tokens. The
 sensitivity pass needs less: one hidden state a block and the activations of one block for one batch at a time, no
 weight gradients; and logits of the answers only.
+
+With another `device` all of that lies on the host, and the device holds one block and the activations of one batch or
+chunk: its peak depends neither on the number of blocks nor on that of samples. calibration/memory.py has the formula.
 """
 
 from __future__ import annotations
@@ -42,25 +48,19 @@ from tqdm.auto import tqdm
 from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
 from mbq_ao.calibration.block import BlockCalibrator
 from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
+from mbq_ao.calibration.experts import ExpertParameter, experts_as_linears, routers_of
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
 from mbq_ao.calibration.plan import Plan
 from mbq_ao.calibration.ranks import ALONE, Ranks
-from mbq_ao.calibration.report import CalibrationReport, GroupReport
-from mbq_ao.calibration.residency import computing_on, resident_on
+from mbq_ao.calibration.report import CalibrationReport, ExpertsReport, GroupReport
+from mbq_ao.calibration.residency import Placement, computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
+from mbq_ao.calibration.selection import linears_beside, selected_linears
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
-from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe, Targets
+from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
 from mbq_ao.calibration.shared_store import SharedStore, agree
-from mbq_ao.calibration.stacks import (
-    Beside,
-    Stack,
-    capture_passes,
-    find_stacks,
-    linears_beside,
-    listed_blocks,
-    other_weights,
-)
+from mbq_ao.calibration.stacks import Beside, Stack, capture_passes, find_stacks, listed_blocks, other_weights
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
 from mbq_ao.calibration.work_dir import State, Store, describe_data, describe_run
 
@@ -88,45 +88,69 @@ def calibrate(
             "mbq_config needs gradients of the activations, which torch.inference_mode() rules out; call quantize_ "
             "outside of it (torch.no_grad() is fine)"
         )
-    check_model(model)
+    check_model(model, device)
     layers = find_blocks(model, settings.blocks)
-    first_layer = next(iter(layers.values()))
-    linears = linears_beside(model, layers, settings.targets, filter_fn)
-    decoder = Stack(layers, _selected_linears(layers, settings.targets, filter_fn, linears), step="block_")
-    owners = owners_of_parameters(model)
-    check_linears({"": linears, **decoder.selected}, owners)
-    batches = collect_batches(model, calib_data, device)
-    ranks.split([batch.num_tokens for batch in batches])
-    progress = progress and ranks.is_first
-    store = store or Store()
-    store = store if ranks.size == 1 else SharedStore(ranks, store)
-    agree(ranks, lambda: dict.fromkeys(linears, ""), "call quantize_ with the same targets and filter_fn on each")
-    store.check(lambda: describe_run(model, batches, settings, decoder.selected, progress=progress))
-
-    with evaluating(model), computing_on(device, model, [*layers.values(), *listed_blocks(model, linears).values()]):
-        beside = find_stacks(model, linears, first_layer, batches, settings.targets, ranks) if linears else Beside()
-        work = _Work(model, batches, settings, owners, device, store, progress)
-        for stack in beside.stacks:
-            passes = ranks.of_parts(stack.passes)
-            work.calibrate(stack, partial(capture_passes, model, stack, batches, first_layer, passes), None, passes)
-        work.round({name: linears[name] for name in beside.rounded})
-        if any(decoder.selected.values()):
-            masks = Masks.of(batches, settings.recipe)
-            work.calibrate(decoder, partial(capture_streams, model, layers, ranks.mine(batches)), masks, ranks)
-        outputs = [list(stack.blocks)[-1] for stack in beside.stacks]
-        seeing = [batch for i, batch in enumerate(batches) if any(stack.passes[i] for stack in beside.stacks)]
-        work.report.logits_error = check_logits(model, work.blocks, work.scalings, seeing or batches, outputs)
-
-    plan, report = work.plan, work.report
-    report.rounded, report.left_alone = beside.rounded, beside.left_alone
-    _summarise(report, plan, work.stacks, work.groups)
-    if linears:
-        report.stacks = {stack.name: list(stack.blocks) for stack in work.stacks}
-    if settings.targets == "decoder+vision":
-        report.not_quantized += other_weights(model, layers, beside)
-    report.calibration = describe_data(batches)
+    placement = Placement.of(model, device)
+    batches = collect_batches(model, calib_data, placement.host)
+    with evaluating(model), experts_as_linears(model, layers, batches, placement.device) as experts:
+        plan, report = _calibrate(
+            model, layers, experts, batches, settings, filter_fn, placement, progress, store or Store(), ranks
+        )
     report.seconds = time.perf_counter() - begin
     return plan, report
+
+
+def _calibrate(
+    model: nn.Module,
+    layers: dict[str, nn.Module],
+    experts: Mapping[str, list[ExpertParameter]],
+    batches: list[CalibrationBatch],
+    settings: CalibrationSettings,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    placement: Placement,
+    progress: bool,
+    store: Store,
+    ranks: Ranks,
+) -> tuple[Plan, CalibrationReport]:
+    first_layer, targets = next(iter(layers.values())), settings.targets
+    linears = linears_beside(model, layers, targets, filter_fn)
+    routers = {name: routers_of(block, experts[name]) for name, block in layers.items()}
+    selected = selected_linears(layers, experts, routers, targets, filter_fn, linears)
+    decoder = Stack(layers, selected, step="block_", experts=experts, routers=routers)
+    owners = owners_of_parameters(model)
+    check_linears({"": linears, **selected}, owners)
+    ranks.split([batch.num_tokens for batch in batches])
+    progress = progress and ranks.is_first
+    store = store if ranks.size == 1 else SharedStore(ranks, store)
+    agree(ranks, lambda: dict.fromkeys(linears, ""), "call quantize_ with the same targets and filter_fn on each")
+    store.check(lambda: describe_run(model, batches, settings, selected, device=placement.device, progress=progress))
+
+    work, beside = _Work(model, batches, settings, owners, placement, store, progress), Beside()
+    report = work.report
+    with computing_on(placement.device, model, [*layers.values(), *listed_blocks(model, linears).values()]):
+        if linears:
+            beside = find_stacks(model, linears, first_layer, batches, targets, ranks, placement)
+        for stack in beside.stacks:
+            passes = ranks.of_parts(stack.passes)
+            capture = partial(capture_passes, model, stack, batches, first_layer, passes, placement)
+            work.calibrate(stack, capture, None, passes)
+        work.round({name: linears[name] for name in beside.rounded})
+        if any(selected.values()):
+            capture = partial(capture_streams, model, layers, ranks.mine(batches), placement)
+            work.calibrate(decoder, capture, Masks.of(batches, settings.recipe), ranks)
+        outputs = [list(stack.blocks)[-1] for stack in beside.stacks]
+        seeing = [batch for i, batch in enumerate(batches) if any(stack.passes[i] for stack in beside.stacks)]
+        with report.timed("logits check"):
+            report.logits_error = check_logits(model, work.blocks, work.scalings, seeing or batches, placement, outputs)
+
+    report.rounded, report.left_alone = beside.rounded, beside.left_alone
+    _summarise(report, work.plan, work.stacks, work.groups)
+    if linears:
+        report.stacks = {stack.name: list(stack.blocks) for stack in work.stacks}
+    if targets == "decoder+vision":
+        report.not_quantized += other_weights(model, layers, beside)
+    report.calibration = describe_data(batches)
+    return work.plan, report
 
 
 @dataclass
@@ -137,7 +161,7 @@ class _Work:
     batches: list[CalibrationBatch]
     settings: CalibrationSettings
     owners: Mapping[nn.Parameter, list[str]]
-    device: torch.device | None
+    placement: Placement
     store: Store
     progress: bool
     plan: Plan = field(default_factory=Plan)
@@ -155,46 +179,63 @@ class _Work:
         masks: of the text's tokens. None beside the decoder: all tokens count alike there, as none is an answer, and
         `scale_groups`, whose names are a decoder layer's, are not meant. ranks: who shares what `capture` returns.
         """
-        model, store, blocks, selected = self.model, self.store, stack.blocks, stack.selected
+        model, blocks, selected, report = self.model, stack.blocks, stack.selected, self.report
+        store, placement, progress = self.store, self.placement, self.progress
         settings = replace(self.settings, scale_groups=None) if masks is None else self.settings
         # What the search depends on beyond the fingerprint, which knows the decoder's linears only.
         chosen = [] if masks is not None else [{name: list(linears) for name, linears in selected.items()}]
-        streams = capture()
-        if settings.propagate_error and self.plan.parameters:
-            chosen.append({name: list(linears) for done in self.stacks for name, linears in done.selected.items()})
-            with self.plan.in_place():
-                for stream, behind in zip(streams, capture(), strict=True):
-                    stream.start_behind(behind)
-        find = partial(find_groups, self.owners, blocks, streams, settings, selected, self.device)
-        groups = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
+        with report.timed("capture"):
+            streams = capture()
+            if settings.propagate_error and self.plan.parameters:
+                chosen.append({name: list(linears) for done in self.stacks for name, linears in done.selected.items()})
+                with self.plan.in_place():
+                    for stream, behind in zip(streams, capture(), strict=True):
+                        stream.start_behind(behind)
+        with report.timed("scale groups"):
+            find = partial(find_groups, self.owners, blocks, streams, settings, selected)
+            groups = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
         raw_ratios: dict[ModuleName, float] = {}
         if masks is not None and settings.balance and any(b.vision.any() for b in self.batches):
-            inspected = list(dict.fromkeys((name, g.inspect or "") for name, gs in groups.items() for g in gs))
+            inspected = list(dict.fromkeys((name, g.measured_at) for name, gs in groups.items() for g in gs))
             own, answers = ranks.mine(self.batches), ranks.mine(masks.answer)
-            measure = partial(_measure, model, blocks, inspected, own, answers, ranks, self.progress)
-            state = store.once("sensitivity", measure, follows_from=inspected)
+            measure = partial(_measure, model, blocks, inspected, own, answers, ranks, placement, progress)
+            with report.timed("sensitivity"):
+                state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
         ratios = floor_at_median(raw_ratios)
 
         where = "" if masks is not None else f", {stack.name}"
-        bar = tqdm(blocks.items(), desc=f"scale search{where}", disable=not self.progress)
+        bar = tqdm(blocks.items(), desc=f"scale search{where}", disable=not progress)
         for index, (name, block) in enumerate(bar):
-            block_ratios = {g.inspect or "": ratios.get((name, g.inspect or "")) for g in groups[name]}
-            with resident_on(self.device, block):
+            block_began = time.perf_counter()
+            block_ratios = {g.measured_at: ratios.get((name, g.measured_at)) for g in groups[name]}
+            with resident_on(placement.device, block):
                 worker = BlockCalibrator(
-                    name, block, index, streams, masks, settings, block_ratios, selected[name], ranks
+                    name,
+                    block,
+                    index,
+                    streams,
+                    masks,
+                    settings,
+                    block_ratios,
+                    selected[name],
+                    stack.experts.get(name, []),
+                    ranks,
+                    placement,
                 )
                 search = partial(_search, worker, groups[name], raw_ratios)
                 follows_from = (name, groups[name], block_ratios, *chosen)
                 state = store.once(f"{stack.step}{index:04}", search, follows_from=follows_from)
                 worker.use(groups[name], state.tensors)
-                self.plan.parameters += worker.plan()
+                self.plan.parameters += [(module, n, placement.keep(value)) for module, n, value in worker.plan()]
                 if index + 1 < len(blocks):
                     worker.advance()
-            reports = [GroupReport(**record) for record in state.record]
-            self.report.num_resumed += state.resumed
-            self.report.groups += reports
-            self.scalings[name] = worker.scalings
+            reports = [GroupReport(**record) for record in state.record["groups"]]
+            report.experts += [ExpertsReport(**record) for record in state.record["experts"]]
+            report.num_resumed += state.resumed
+            report.groups += reports
+            report.block_seconds[name] = time.perf_counter() - block_began
+            self.scalings[name] = [Scaling(scaling.group, placement.keep(scaling.s)) for scaling in worker.scalings]
             if reports:
                 loss_rtn, loss = (sum(getattr(r, f) for r in reports) for f in ("loss_rtn", "loss"))
                 bar.set_postfix_str(f"loss {loss_rtn:.3g} -> {loss:.3g}")
@@ -205,11 +246,14 @@ class _Work:
     def round(self, linears: Mapping[str, nn.Linear]) -> None:
         """Plan weights by plain rounding."""
         for name, linear in linears.items():
-            try:
-                weight = self.settings.quantizer.quantize(linear.weight.detach(), None)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}") from error
-            self.plan.parameters.append((linear, "weight", weight))
+            with resident_on(self.placement.device, linear):
+                try:
+                    weight = self.settings.quantizer.quantize(linear.weight.detach(), None)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+            self.plan.parameters.append((linear, "weight", self.placement.keep(weight)))
+            self.report.num_linears += 1
+            self.report.nbytes_before += linear.weight.numel() * linear.weight.element_size()
 
 
 def _measure(
@@ -219,11 +263,19 @@ def _measure(
     batches: list[CalibrationBatch],
     answer_masks: list[Tensor],
     ranks: Ranks,
+    placement: Placement,
     progress: bool,
 ) -> State:
     with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
         raw = modality_sensitivity(
-            model, blocks, inspected, batches, answer_masks=answer_masks, on_batch=bar.update, ranks=ranks
+            model,
+            blocks,
+            inspected,
+            batches,
+            answer_masks=answer_masks,
+            on_batch=bar.update,
+            ranks=ranks,
+            placement=placement,
         )
     return State([[block, name, r] for (block, name), r in raw.items()])
 
@@ -231,8 +283,9 @@ def _measure(
 def _search(worker: BlockCalibrator, groups: list[ScaleGroup], raw_ratios: Mapping[ModuleName, float]) -> State:
     reports = worker.search(groups)
     for group, report in zip(groups, reports, strict=True):
-        report.sensitivity_raw = raw_ratios.get((worker.name, group.inspect or ""))
-    return State([asdict(report) for report in reports], [scaling.s for scaling in worker.scalings])
+        report.sensitivity_raw = raw_ratios.get((worker.name, group.measured_at))
+    record = {"groups": [asdict(r) for r in reports], "experts": [asdict(r) for r in worker.experts_reports()]}
+    return State(record, [scaling.s for scaling in worker.scalings])
 
 
 def find_groups(
@@ -241,7 +294,6 @@ def find_groups(
     streams: list[BlockStream],
     settings: CalibrationSettings,
     selected: Mapping[str, dict[str, nn.Linear]],
-    device: torch.device | None,
 ) -> dict[str, list[ScaleGroup]]:
     """The scale groups of every block; blocks of the same structure are probed once.
 
@@ -258,9 +310,7 @@ def find_groups(
             tuple((n, type(m), getattr(getattr(m, "weight", None), "shape", None)) for n, m in block.named_modules()),
         )
         if signature not in known:
-            call = stream.call(index, stream.between(index, stream.hidden))
-            with resident_on(device, block):
-                prober = BlockProber(block, call)
+            prober = BlockProber(block, stream.call(index, stream.between(index, stream.hidden)))
             given = settings.scale_groups
             known[signature] = prober.find_all() if given is None else [prober.complete(group) for group in given]
         found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in known[signature]]
@@ -325,54 +375,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _selected_linears(
-    blocks: Mapping[str, nn.Module],
-    targets: Targets,
-    filter_fn: Callable[[nn.Module, str], bool] | None,
-    beside: Mapping[str, nn.Linear],
-) -> dict[str, dict[str, nn.Linear]]:
-    """Block name -> {name in the block: linear to be quantized}.
-
-    Raises ValueError if there is none, and none `beside` the blocks that a filter as `targets` has chosen instead.
-    """
-    filters = [f for f in (targets, filter_fn) if callable(f)]
-    selected = {
-        block_name: {
-            name: module
-            for name, module in block.named_modules()
-            if isinstance(module, nn.Linear) and all(f(module, f"{block_name}.{name}") for f in filters)
-        }
-        for block_name, block in blocks.items()
-    }
-    if not any(selected.values()) and not (callable(targets) and beside):
-        names = [
-            f"{b}.{n}" for b, block in blocks.items() for n, m in block.named_modules() if isinstance(m, nn.Linear)
-        ]
-        raise ValueError(
-            f"nothing to quantize: none of the {len(names)} nn.Linear in the {len(blocks)} decoder layers passes "
-            f"{'targets and filter_fn' if callable(targets) else 'filter_fn'}; it is given names like {names[0]!r}"
-            if names
-            else f"nothing to quantize: the {len(blocks)} decoder layers have no nn.Linear; pass blocks=[...]"
-        )
-    return selected
-
-
 def _summarise(
     report: CalibrationReport, plan: Plan, stacks: Sequence[Stack], groups: Mapping[str, list[ScaleGroup]]
 ) -> None:
-    for stack in stacks:
-        for block_name, block in stack.blocks.items():
-            selected = stack.selected[block_name]
-            scaled = {name for group in groups[block_name] for name in group.linears}
-            report.not_scaled += [f"{block_name}.{n}" for n in selected if n not in scaled]
-            report.not_quantized += [
-                f"{block_name}.{n}"
-                for n, p in block.named_parameters()
-                if p.ndim >= 2
-                and n.removesuffix(".weight") not in selected
-                and f"{block_name}.{n}".removesuffix(".weight") not in report.left_alone
-            ]
-    quantized = [(m, v) for m, name, v in plan.parameters if name == "weight" and hasattr(v, "quantized_nbytes")]
-    report.num_linears = len(quantized)
-    report.nbytes_before = sum(m.weight.numel() * m.weight.element_size() for m, _ in quantized)
-    report.nbytes_after = sum(v.quantized_nbytes() for _, v in quantized)
+    report.nbytes_after = sum(v.quantized_nbytes() for _, _, v in plan.parameters if hasattr(v, "quantized_nbytes"))
+    for stack, block_name in [(of, name) for of in stacks for name in of.blocks]:
+        block = stack.blocks[block_name]
+        selected, routers = stack.selected[block_name], stack.routers.get(block_name, [])
+        parameter_of = {n: e.name for e in stack.experts.get(block_name, ()) for n in e.linear_names()}
+        weights = {name.removesuffix(".weight"): p for name, p in block.named_parameters() if p.ndim >= 2}
+        scaled = {name for group in groups[block_name] for name in group.linears}
+        named = {*selected, *routers, *(n.removeprefix(f"{block_name}.") for n in report.left_alone)}
+        left = {
+            "not_scaled": [n for n in selected if n not in scaled],
+            "not_quantized": [n for n in weights if n not in named],
+            "routers": routers,
+        }
+        for field_name, names in left.items():
+            shown = dict.fromkeys(parameter_of.get(n, n) for n in names)
+            getattr(report, field_name).extend(f"{block_name}.{n}" for n in shown)
+        report.num_linears += len(selected)
+        report.nbytes_before += sum(m.weight.numel() * m.weight.element_size() for m in selected.values())

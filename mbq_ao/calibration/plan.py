@@ -24,10 +24,10 @@ class Plan:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Inside, the modules have the new parameters."""
-        before = [(module._parameters, name, module._parameters[name]) for module, name, _ in self.parameters]
+        before = [(module._parameters, name, module.get_parameter(name)) for module, name, _ in self.parameters]
         try:
-            for module, name, value in self.parameters:
-                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+            for (table, name, parameter), (_, _, value) in zip(before, self.parameters, strict=True):
+                table[name] = nn.Parameter(value.to(parameter.device), requires_grad=False)
             yield
         finally:
             for table, name, parameter in before:
@@ -50,6 +50,8 @@ class Plan:
         try:
             for module, name, value in self.parameters:
                 before = module._parameters[name]
+                if before is not None:
+                    value = value.to(before.device)
                 trainable = before is not None and before.requires_grad and not is_traceable_wrapper_subclass(value)
                 module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
             if device is not None:

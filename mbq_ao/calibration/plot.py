@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mbq_ao.calibration.report import experts_together
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -43,11 +45,11 @@ def plot_report(report: CalibrationReport) -> Figure:
 
 def _by_group(report: CalibrationReport) -> dict[str, list[tuple[int, GroupReport]]]:
     """Groups with the same linears, with the number of their block."""
-    shown = [*report.stacks.values()][-1] if report.stacks else [g.block for g in report.groups]
+    shown = report.last_stack() if report.stacks else [g.block for g in report.groups]
     groups = [g for g in report.groups if g.block in shown]
     order = {block: i for i, block in enumerate(dict.fromkeys(g.block for g in groups))}
     series: dict[str, list[tuple[int, GroupReport]]] = {}
-    for group in groups:
+    for group in experts_together(groups):
         label = ", ".join(name.rpartition(".")[2] for name in group.linears)
         series.setdefault(label, []).append((order[group.block], group))
     return series

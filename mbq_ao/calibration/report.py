@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,10 +21,10 @@ class GroupReport:
     """One scale group of one block.
 
     linears, producer, fold: names relative to `block`; fold "act_pre_scale" if the scale stays on the
-    quantized tensors.
+    quantized tensors. "mlp.experts.gate_up_proj" stands for all its experts, "mlp.experts.down_proj.3" for one.
     alpha: the exponent taken (0 is plain rounding). losses: one per scale tried; loss_rtn is that of
     alpha = 0, loss that of `alpha`. sensitivity: the factor r on vision tokens, None if the balance is off.
-    sensitivity_raw: r before the median floor.
+    sensitivity_raw: r before the median floor. num_tokens: for one expert, the tokens that its loss is made of.
     """
 
     block: str
@@ -32,6 +37,36 @@ class GroupReport:
     loss: float
     sensitivity: float | None
     sensitivity_raw: float | None = None
+    num_tokens: int | None = None
+
+
+@dataclass
+class ExpertsReport:
+    """The experts of one module.
+
+    module: its name, relative to `block`.  num_tokens: of each expert, the calibration tokens that its own scales come
+    from (with the balance on: vision and answer tokens); empty if it cannot be told which tokens they get.
+    """
+
+    block: str
+    module: str
+    num_tokens: list[int]
+
+    @property
+    def uncalibrated(self) -> list[int]:
+        """The experts that got no such token. Their own scales are 1: plain rounding."""
+        return [e for e, n in enumerate(self.num_tokens) if n == 0]
+
+    def warning(self) -> str | None:
+        name = f"{self.block}.{self.module}"
+        if not self.num_tokens:
+            return f"{name}: it cannot be told which tokens the experts get, their own scales are 1 (plain rounding)"
+        if not (missed := self.uncalibrated):
+            return None
+        return (
+            f"{name}: no calibration token for {len(missed)} of {len(self.num_tokens)} experts, their own scales are 1 "
+            f"(plain rounding): {some([str(e) for e in missed])}"
+        )
 
 
 @dataclass
@@ -42,20 +77,26 @@ class CalibrationReport:
     not_scaled: linears that are quantized by plain rounding because nothing takes their scale, or the recipe has none.
     not_quantized: linears inside the blocks that filter_fn left out, and other weights found there; of the vision
         tower, those that its config left alone.
+    routers: what chooses or weighs experts, always left as it is, as it is small and every token's way depends on it.
+    experts: one record a module of experts: how many tokens each got; those that got none are not calibrated.
     vision: linears of the vision tower that were rounded without calibration.
     stacks: with `targets`, the blocks of each stack that was calibrated, the decoder's layers last; else empty.
     rounded, left_alone: with `targets`, linears that were rounded without calibration, and those that stay as they
         are, and why.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
-    num_linears, nbytes_before, nbytes_after: the calibrated linears, and bytes of their weights.
+    num_linears, nbytes_before, nbytes_after: the calibrated linears (each expert is one), and bytes of their weights.
     calibration: number of calibration batches and their sha256.
-    seconds: of this call. num_resumed: blocks whose scales an earlier call had left in work_dir.
+    seconds: of this call. stage_seconds: of its stages before and after the decoder layers. block_seconds: of every
+        decoder layer, its search, quantization, and the step to the next one.
+    num_resumed: blocks whose scales an earlier call had left in work_dir.
     """
 
     settings: dict[str, Any]
     groups: list[GroupReport] = field(default_factory=list)
     not_scaled: list[str] = field(default_factory=list)
     not_quantized: list[str] = field(default_factory=list)
+    routers: list[str] = field(default_factory=list)
+    experts: list[ExpertsReport] = field(default_factory=list)
     vision: list[str] = field(default_factory=list)
     logits_error: float = 0.0
     num_linears: int = 0
@@ -63,6 +104,8 @@ class CalibrationReport:
     nbytes_after: int = 0
     calibration: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    block_seconds: dict[str, float] = field(default_factory=dict)
     num_resumed: int = 0
     stacks: dict[str, list[str]] = field(default_factory=dict)
     rounded: dict[str, str] = field(default_factory=dict)
@@ -70,6 +113,21 @@ class CalibrationReport:
 
     def records(self) -> list[dict[str, Any]]:
         return [asdict(group) for group in self.groups]
+
+    def seconds_per_block(self) -> float:
+        """The median over the decoder layers."""
+        return median(self.block_seconds[block] for block in self.last_stack()) if self.block_seconds else 0.0
+
+    def last_stack(self) -> list[str]:
+        """The blocks that were calibrated last: the decoder's layers, if any of their linears was to be."""
+        return [*self.stacks.values()][-1] if self.stacks else list(self.block_seconds)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time inside to `stage_seconds`."""
+        began = time.perf_counter()
+        yield
+        self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + time.perf_counter() - began
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The whole report as JSON; written to `path` as well if one is given."""
@@ -80,9 +138,10 @@ class CalibrationReport:
 
     def __str__(self) -> str:
         header = ("block", "linears", "folded into", "alpha", "r", "loss RTN", "loss", "gain")
+        groups = experts_together(self.groups)
         rows = [
             (
-                group.block if i == 0 or self.groups[i - 1].block != group.block else "",
+                group.block if i == 0 or groups[i - 1].block != group.block else "",
                 " ".join(name.rpartition(".")[2] for name in group.linears),
                 (group.producer or group.fold).rpartition(".")[2],
                 f"{group.alpha:.2f}",
@@ -91,7 +150,7 @@ class CalibrationReport:
                 f"{group.loss:.4g}",
                 f"{100 * (1 - group.loss / group.loss_rtn):.0f}%" if group.loss_rtn else "-",
             )
-            for i, group in enumerate(self.groups)
+            for i, group in enumerate(groups)
         ]
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [
@@ -100,7 +159,7 @@ class CalibrationReport:
             )
             for row in [header, tuple("-" * w for w in widths), *rows]
         ]
-        first_row = {group.block: i for i, group in reversed(list(enumerate(self.groups, start=2)))}
+        first_row = {group.block: i for i, group in reversed(list(enumerate(groups, start=2)))}
         for stack, blocks in reversed(self.stacks.items()):
             starts = [first_row[block] for block in blocks if block in first_row]
             lines[min(starts, default=0) : 0] = [f"[{stack}]"] if starts else []
@@ -111,11 +170,16 @@ class CalibrationReport:
         """A few lines: sizes, mean gain, what was left out."""
         megabyte = 1e6
         ratio = self.nbytes_before / self.nbytes_after if self.nbytes_after else float("nan")
-        gains = [1 - g.loss / g.loss_rtn for g in self.groups if g.loss_rtn]
+        gains = [1 - g.loss / g.loss_rtn for g in experts_together(self.groups) if g.loss_rtn]
+        stages = [f"{stage} {seconds:.1f} s" for stage, seconds in self.stage_seconds.items()]
+        if self.block_seconds:
+            stages.append(f"{self.seconds_per_block():.1f} s a layer")
+        timing = f" ({', '.join(stages)})" if stages else ""
         resumed = f", layers taken from work_dir: {self.num_resumed}" if self.num_resumed else ""
         lines = [
             f"{self.num_linears} linears: {self.nbytes_before / megabyte:.1f} MB -> "
-            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), calibrated in {self.seconds:.0f} s{resumed}"
+            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), "
+            f"calibrated in {self.seconds:.0f} s{timing}{resumed}"
         ]
         if gains:
             gain = sum(gains) / len(gains)
@@ -123,6 +187,14 @@ class CalibrationReport:
                 f"search loss {100 * abs(gain):.0f}% {'below' if gain >= 0 else 'above'} plain rounding on average; "
                 f"logits moved by {self.logits_error:.1e} (relative) through folding alone"
             )
+        if counts := [n for experts in self.experts for n in experts.num_tokens]:
+            lines.append(
+                f"experts: {len(counts)}; calibration tokens of each: {min(counts)} to {max(counts)}, "
+                f"median {median(counts):g}"
+            )
+        lines += [line for experts in self.experts if (line := experts.warning())]
+        if self.routers:
+            lines.append(f"routers, never quantized: {some(self.routers)}")
         if self.vision:
             lines.append(
                 f"vision tower: {len(self.vision)} linears rounded without calibration, {self.settings.get('vision')}"
@@ -147,6 +219,32 @@ class CalibrationReport:
         if path is not None:
             figure.savefig(path, dpi=150, bbox_inches="tight")
         return figure
+
+
+def experts_together(groups: list[GroupReport]) -> list[GroupReport]:
+    """The groups, those of the single experts of a parameter as one: mean alpha, losses added up."""
+    result = []
+    for key, group in groupby(groups, key=lambda g: (g.block, _parameter_of(g) or id(g))):
+        first, *others = members = list(group)
+        if not others:
+            result.append(first)
+            continue
+        losses = {name: sum(getattr(g, name) for g in members) for name in ("loss_rtn", "loss")}
+        result.append(
+            replace(
+                first,
+                linears=[str(key[1])],
+                producer=None if first.producer is None else first.producer.rpartition(".")[0],
+                alpha=sum(g.alpha for g in members) / len(members),
+                num_tokens=sum(g.num_tokens or 0 for g in members),
+                **losses,
+            )
+        )
+    return result
+
+
+def _parameter_of(group: GroupReport) -> str | None:
+    return None if group.num_tokens is None else group.linears[0].rpartition(".")[0]
 
 
 def some(names: list[str], most: int = 8) -> str:

@@ -8,6 +8,9 @@
 3. Accept: for random s, scale the linears' columns by s and fold 1 / s into the producer. The block's
    output must not change. This refuses a producer that something else reads as well.
 
+s is made of powers of two, which change no bit of a product: else a token whose two best experts are nearly equal could
+be routed to the other one, and an output that moves by that says nothing about the fold.
+
 The error in step 3 is judged against the change that scaling without folding makes, not against the
 output: beside a residual outlier of 1e4 a wrong fold moves the output by 2e-6 and would pass, while
 against the unfolded change wrong folds lie at 0.1-1 and right ones at 1e-6.
@@ -20,7 +23,7 @@ Tables of architectures, as AWQ-like tools have them, were rejected: they break 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -28,7 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked
+from mbq_ao.calibration.expert_groups import expert_parameters, find_expert_groups
+from mbq_ao.calibration.experts import ExpertLinear
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, folded_parameters
+from mbq_ao.calibration.residency import forget_residency
 
 _LEVELS = 64  # probe factors per digit: far enough apart to be told from rounding
 _TOLERANCE = 1e-3  # of the unfolded change; right folds are at 1e-6, wrong ones above 0.1
@@ -36,16 +42,23 @@ _TOLERANCE = 1e-3  # of the unfolded change; right folds are at 1e-6, wrong ones
 
 @dataclass
 class Trace:
-    """One forward of a block: leaf modules in the order of their calls, and the storages they read and wrote."""
+    """One forward of a block: leaf modules in the order of their calls, and the storages they read and wrote.
+
+    num_rows: how many rows of a module's input are not zero.
+    """
 
     block: nn.Module
     order: list[str]
     reads: dict[str, int]
+    writes: dict[str, int]
+    num_rows: dict[str, int]
 
     def linear_groups(self) -> list[tuple[str, ...]]:
+        """Of all but experts, which read copies."""
         groups: dict[int, list[str]] = {}
         for name in dict.fromkeys(self.order):
-            if is_linear(self.block.get_submodule(name)):
+            module = self.block.get_submodule(name)
+            if is_linear(module) and not isinstance(module, ExpertLinear):
                 groups.setdefault(self.reads[name], []).append(name)
         return [tuple(names) for names in groups.values()]
 
@@ -63,17 +76,17 @@ class _Reached(Exception):
 
 
 class BlockProber:
-    """Runs experiments on an fp32 copy of a block.
+    """Runs experiments on an fp32 copy of a block, on the device of its call.
 
     call: one call of the block with real hidden states of at least two tokens.
     """
 
     def __init__(self, block: nn.Module, call: ModuleCall) -> None:
-        self.block = copy.deepcopy(block).float().requires_grad_(False).eval()
+        self.block = _fp32_copy(block, call.hidden.device)
         self.call = call.map_tensors(lambda t: t.float() if t.is_floating_point() else t)
         self.trace, self.output = self._trace()
         self._unprobed: tuple[str, Tensor] | None = None  # a linear and its input, kept as it is asked for repeatedly
-        if not self.trace.linear_groups() and any(map(is_linear, self.block.modules())):
+        if not any(is_linear(self._module(n)) for n in self.trace.order) and any(map(is_linear, self.block.modules())):
             raise ValueError(
                 f"a copy of this {type(block).__name__} runs none of its linears, so no scale group can be found: was "
                 "its forward replaced by a function that holds the original? Undo that, or use functools.partial"
@@ -81,31 +94,47 @@ class BlockProber:
 
     @torch.no_grad()
     def _trace(self) -> tuple[Trace, Tensor]:
-        order: list[str] = []
-        reads: dict[str, int] = {}
+        trace = Trace(self.block, [], {}, {}, {})
         alive = []  # a freed storage's address may be given to another tensor
 
-        def record(name: str, args: tuple[Tensor, ...]) -> None:
+        def enter(name: str, args: tuple[Tensor, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 alive.append(args[0])
-                order.append(name)
-                reads[name] = args[0].untyped_storage().data_ptr()
+                trace.order.append(name)
+                trace.reads[name] = args[0].untyped_storage().data_ptr()
+                trace.num_rows[name] = int((args[0] != 0).any(-1).sum())
+
+        def leave(name: str, output: object) -> None:
+            if isinstance(output, Tensor):
+                alive.append(output)
+                trace.writes[name] = output.untyped_storage().data_ptr()
 
         def hooks() -> Iterator[object]:
             for name, module in self.block.named_modules():
                 if isinstance(getattr(module, "weight", None), nn.Parameter) and not list(module.children()):
-                    yield module.register_forward_pre_hook(lambda m, a, name=name: record(name, a))
+                    yield module.register_forward_pre_hook(lambda m, a, name=name: enter(name, a))
+                    yield module.register_forward_hook(lambda m, a, y, name=name: leave(name, y))
 
         with hooked(hooks()):
             output = self.call.run(self.block)
-        return Trace(self.block, order, reads), output
+        return trace, output
 
     def find_all(self) -> list[ScaleGroup]:
         """All groups of the block's nn.Linear modules, in the order in which they run.
 
         A group whose input nothing can be shown to produce has producer None.
         """
-        return [self.complete(ScaleGroup(linears)) for linears in self.trace.linear_groups()]
+        experts = find_expert_groups(self)
+        grouped = {name for group in experts for name in group.linears}
+        others = [self.complete(ScaleGroup(n)) for n in self.trace.linear_groups() if not grouped.intersection(n)]
+        return sorted(others + experts, key=lambda g: self.position(g.linears[0]))
+
+    def position(self, linear: str) -> int:
+        """When the linear is run first; of an expert, when the first one of its parameter is."""
+        parameter = linear.rpartition(".")[0]
+        of_experts = isinstance(self._module(linear), ExpertLinear)
+        same = [n == linear or (of_experts and n.rpartition(".")[0] == parameter) for n in self.trace.order]
+        return same.index(True)
 
     def complete(self, group: ScaleGroup) -> ScaleGroup:
         """Fill in what the group leaves open: producer, fold, row map, inspected module.
@@ -114,12 +143,12 @@ class BlockProber:
         into it. Raises ValueError if the block's output changes with that, or if the names do not fit the block.
         """
         self._check_names(group)
-        inspect = self._inspected(group) if group.inspect is None else group.inspect
+        inspect = self.inspected(group) if group.inspect is None else group.inspect
         group = replace(group, inspect=inspect)
         candidates = self.trace.before(group.linears[0]) if group.producer is None else [group.producer]
         for producer in candidates:
             for found in self._proposals(group, producer):
-                if self._preserves_output(found):
+                if self.preserve_output([found]):
                     return replace(found, mixes_tokens=self._mixes_tokens(found))
         if group.producer is not None:
             raise ValueError(
@@ -139,6 +168,8 @@ class BlockProber:
 
     def _check_names(self, group: ScaleGroup) -> None:
         for name in group.linears:
+            if any(f"{name}.".startswith(f"{parameter}.") for parameter in expert_parameters(self.block)):
+                raise ValueError(f"scale_groups cannot name experts: {name!r} in {group}; they are then not scaled")
             if name not in self.trace.reads or not is_linear(self._module(name)):
                 raise ValueError(f"scale group names {name!r}, which is not a linear that this block runs: {group}")
             if group.inspect and not f"{name}.".startswith(f"{group.inspect}."):
@@ -164,7 +195,7 @@ class BlockProber:
         if rest or num_shared % row_map.width or not fits:
             raise ValueError(f"{group} does not fit: {group.producer} has {num_rows} rows, x {num_channels} channels")
 
-    def _inspected(self, group: ScaleGroup) -> str:
+    def inspected(self, group: ScaleGroup) -> str:
         """A single linear is compared itself if its input comes from a linear; else the module around the group."""
         parents = [name.rpartition(".")[0].split(".") for name in group.linears]
         common = []
@@ -183,7 +214,7 @@ class BlockProber:
     def _module(self, name: str) -> nn.Module:
         return self.block.get_submodule(name)
 
-    def _input_of(self, linear: str, parameters: dict[str, Tensor]) -> Tensor:
+    def input_of(self, linear: str, parameters: dict[str, Tensor]) -> Tensor:
         """(tokens, in_features) at the input of a linear, with some of the block's parameters replaced."""
         seen: list[Tensor] = []
 
@@ -196,9 +227,9 @@ class BlockProber:
         return seen[0].flatten(0, -2)
 
     def _unprobed_input(self, linear: str) -> Tensor:
-        """`_input_of` the block as it is."""
+        """`input_of` the block as it is."""
         if self._unprobed is None or self._unprobed[0] != linear:
-            self._unprobed = (linear, self._input_of(linear, {}))
+            self._unprobed = (linear, self.input_of(linear, {}))
         return self._unprobed[1]
 
     @torch.no_grad()
@@ -208,7 +239,7 @@ class BlockProber:
         num_channels = self._module(linear).in_features
         weight = module.weight
         if is_linear(module):
-            if (row_map := self._find_row_map(producer, linear, num_channels)) is not None:
+            if (row_map := self.find_row_map(producer, linear, num_channels)) is not None:
                 yield replace(group, producer=producer, fold="rows", row_map=row_map)
         elif weight.ndim == 1 and weight.numel() == num_channels:
             before = self._unprobed_input(linear)
@@ -224,11 +255,11 @@ class BlockProber:
                 changed = {f"{producer}.weight": probe}
                 if bias is not None:
                     changed[f"{producer}.bias"] = bias
-                after = self._input_of(linear, changed)
+                after = self.input_of(linear, changed)
                 if (after - before * factors).norm() <= _TOLERANCE * (after - before).norm():
                     yield replace(group, producer=producer, fold=fold)  # type: ignore[arg-type]
 
-    def _find_row_map(self, producer: str, linear: str, num_channels: int) -> RowMap | None:
+    def find_row_map(self, producer: str, linear: str, num_channels: int) -> RowMap | None:
         num_rows = self._module(producer).out_features
         others = num_rows - num_channels
         # A fused projection is probed in its last part alone: scaling its queries and keys, or its gate, would
@@ -256,7 +287,7 @@ class BlockProber:
             changed = {f"{producer}.weight": module.weight * factors[:, None]}
             if module.bias is not None:
                 changed[f"{producer}.bias"] = module.bias * factors
-            after = self._input_of(linear, changed)
+            after = self.input_of(linear, changed)
             if after.shape != before.shape:
                 return None
             ratio = (after * before).sum(0) / power.clamp(min=torch.finfo(power.dtype).tiny)
@@ -269,13 +300,16 @@ class BlockProber:
         return (found + start, alive) if alive.any() else None
 
     @torch.no_grad()
-    def _preserves_output(self, group: ScaleGroup) -> bool:
-        """Step 3: scale and fold with a random s; the block's output must not move."""
-        num_channels = self._module(group.linears[0]).in_features
-        s = torch.rand(num_channels, generator=torch.Generator().manual_seed(0)) + 0.5
-        s = group.row_map.tie(s).to(self.output.device)
-        folded = folded_parameters(self.block, [Scaling(group, s)])
-        columns_only = {name: folded[name] for name in group.weight_names()}
+    def preserve_output(self, groups: Sequence[ScaleGroup]) -> bool:
+        """Step 3: scale and fold with a random s, all groups at once; the block's output must not move."""
+        generator = torch.Generator().manual_seed(0)
+        scalings = []
+        for group in groups:
+            num_channels = self._module(group.linears[0]).weight.shape[1]
+            s = 2.0 ** torch.randint(-1, 2, (num_channels,), generator=generator)
+            scalings.append(Scaling(group, group.row_map.tie(s).to(self.output.device)))
+        folded = folded_parameters(self.block, scalings)
+        columns_only = {name: folded[name] for group in groups for name in group.weight_names()}
         control = (self.call.run(self.block, columns_only) - self.output).norm()
         error = (self.call.run(self.block, folded) - self.output).norm()
         return bool(control > 0) and bool(error <= _TOLERANCE * control)
@@ -292,8 +326,22 @@ class BlockProber:
             return output
 
         with hooked([self._module(group.producer).register_forward_hook(perturb)]):
-            after = self._input_of(group.linears[0], {})
+            after = self.input_of(group.linears[0], {})
         return not torch.equal(before[1:], after[1:])
+
+
+def _fp32_copy(block: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on the device, of fp32 parameters that need no gradient; those that are all that already are shared."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    # What the memo holds is not copied, so that no second copy in another dtype, or on another device, is made.
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(copied(p), requires_grad=False) for p in block.parameters()}
+    memo |= {id(b): copied(b).clone() for b in block.buffers()}
+    result = copy.deepcopy(block, memo).eval()
+    forget_residency(result)
+    return result
 
 
 def _fit_row_map(row: Tensor, alive: Tensor, num_channels: int, num_rows: int) -> RowMap | None:

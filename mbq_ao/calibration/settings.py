@@ -72,6 +72,8 @@ class CalibrationSettings:
     scale_groups: Sequence[ScaleGroup] | None = None
     blocks: Sequence[nn.Module] | None = None
     targets: Targets = "decoder"
+    # Of an expert's own search: weigh a token by the factor that the expert's output has for it as well.
+    route_weighted: bool = False
 
 
 @dataclass

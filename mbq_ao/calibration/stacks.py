@@ -28,9 +28,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, forward, hooked, record_call
+from mbq_ao.calibration.experts import ExpertParameter
 from mbq_ao.calibration.ranks import Ranks
-from mbq_ao.calibration.settings import FilterFn, Targets
-from mbq_ao.vision_tower import find_vision_tower
+from mbq_ao.calibration.residency import Placement
+from mbq_ao.calibration.selection import vision_side
+from mbq_ao.calibration.settings import Targets
 
 _NEVER_RUN = "no calibration batch runs them"
 _OF_TORCH = "torch.nn.MultiheadAttention computes with their weights itself"
@@ -44,12 +46,15 @@ class Stack:
 
     selected: block -> {name in the block: linear to be quantized}. step: prefix of its blocks' names in a work_dir.
     passes: how often each batch runs it; empty for the decoder, which runs once.
+    experts, routers: of the decoder's layers, see experts.py.
     """
 
     blocks: dict[str, nn.Module]
     selected: dict[str, dict[str, nn.Linear]]
     step: str
     passes: Sequence[int] = ()
+    experts: Mapping[str, list[ExpertParameter]] = field(default_factory=dict)
+    routers: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -69,51 +74,6 @@ class Beside:
     stacks: list[Stack] = field(default_factory=list)
     rounded: dict[str, str] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
-
-
-def vision_side(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The modules of the vision tower and of what lies between it and the decoder: all but the decoder, the
-    embeddings, the head and other modalities' encoders. Raises ValueError if there is no vision tower.
-    """
-    tower = find_vision_tower(model)
-    if tower is None:
-        raise ValueError(
-            f'targets="decoder+vision" needs a vision tower, but {type(model).__name__} has none that transformers\' '
-            'get_encoder("image") finds; pass targets=(module, fqn) -> bool to choose its linears yourself'
-        )
-    inside = set(tower.modules())
-    others = [model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings(), *layers.values()]
-    others.append(model.get_encoder(modality="audio"))
-    excluded = {
-        module
-        for other in others
-        if isinstance(other, nn.Module) and tower not in (around := set(other.modules())) and other not in inside
-        for module in around
-    }
-    return {name: module for name, module in model.named_modules() if module not in excluded}
-
-
-def linears_beside(
-    model: nn.Module, layers: Mapping[str, nn.Module], targets: Targets, filter_fn: FilterFn | None
-) -> dict[str, nn.Linear]:
-    """The linears outside of the decoder's `layers` that `targets` and filter_fn choose, by their full names.
-
-    Raises ValueError if "decoder+vision" has none.
-    """
-    if targets == "decoder":
-        return {}
-    in_layers = {module for layer in layers.values() for module in layer.modules()}
-    modules = dict(model.named_modules()) if callable(targets) else vision_side(model, layers)
-    linears = {n: m for n, m in modules.items() if isinstance(m, nn.Linear) and m not in in_layers}
-    filters = [f for f in (targets, filter_fn) if callable(f)]
-    chosen = {name: linear for name, linear in linears.items() if all(f(linear, name) for f in filters)}
-    if not chosen and not callable(targets):
-        raise ValueError(
-            f'targets="decoder+vision" has nothing to quantize beside the decoder: none of the {len(linears)} '
-            f"nn.Linear of the vision tower and the projector passes filter_fn; it is given names like "
-            f"{next(iter(linears), '')!r}"
-        )
-    return chosen
 
 
 def listed_blocks(model: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, nn.Module]:
@@ -150,13 +110,15 @@ def find_stacks(
     batches: Sequence[CalibrationBatch],
     targets: Targets,
     ranks: Ranks,
+    placement: Placement,
 ) -> Beside:
     """Run the model and see what the linears are part of. first_layer: the decoder's.
 
     Raises ValueError if "decoder+vision" finds that no batch runs one of them.
     """
     listed = listed_blocks(model, linears)
-    of_batches = ranks.gather([_seen_in(model, linears, listed, first_layer, b, targets) for b in ranks.mine(batches)])
+    look = partial(_seen_in, model, linears, listed, first_layer, past_decoder=callable(targets))
+    of_batches = ranks.gather([look(batch.on(placement)) for batch in ranks.mine(batches)])
     seen = _merged(of_batches)
     if not callable(targets) and not seen.called.keys() & linears.keys():
         raise ValueError(
@@ -246,7 +208,8 @@ def _seen_in(
     listed: Mapping[str, nn.Module],
     first_layer: nn.Module,
     batch: CalibrationBatch,
-    targets: Targets,
+    *,
+    past_decoder: bool,
 ) -> _Seen:
     """Run the model on a batch; past its decoder's first layer only where a filter may have chosen something there."""
     seen = _Seen()
@@ -276,7 +239,7 @@ def _seen_in(
         model.get_submodule(name).register_forward_hook(partial(record, name), with_kwargs=True)
         for name in dict.fromkeys(prefix for path in linears for prefix in _prefixes(path))
     )
-    go = _forward_past if callable(targets) else forward_until
+    go = _forward_past if past_decoder else forward_until
     with hooked(handles):
         go(model, batch, first_layer, begin_decoder)
     return seen
@@ -309,6 +272,7 @@ def capture_passes(
     batches: Sequence[CalibrationBatch],
     first_layer: nn.Module,
     ranks: Ranks,
+    placement: Placement,
 ) -> list[BlockStream]:
     """As `capture_streams`, of a stack that runs before the decoder: a stream for each pass that this rank has."""
     own = ranks.mine([batch for batch, number in zip(batches, stack.passes, strict=True) for _ in range(number)])
@@ -316,7 +280,7 @@ def capture_passes(
 
     def record(index: int, where: str, *call: Any) -> None:
         if index == 0:
-            streams.append(BlockStream())
+            streams.append(BlockStream(placement=placement))
         record_call(streams[-1], index, where, *call)
 
     for batch in {batch.index: batch for batch in own}.values():
@@ -327,7 +291,7 @@ def capture_passes(
             for index, (name, block) in enumerate(stack.blocks.items())
         )
         with hooked(hooks):
-            forward_until(model, batch, first_layer)
+            forward_until(model, batch.on(placement), first_layer)
     for stream in streams:
         stream.last_output = None
     return streams[: len(own)]  # a rank without a pass of its own has been given the first one

@@ -12,8 +12,11 @@ _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")
 
 
-def check_model(model: nn.Module) -> None:
-    """Raise ValueError for weights on the meta device, a model without parameters, or one wrapped for training."""
+def check_model(model: nn.Module, device: torch.device | None = None) -> None:
+    """Raise ValueError for weights on the meta device, a model without parameters, or one wrapped for training.
+
+    device: where calibration is to bring its layers; one that accelerate places (`device_map`) is refused then.
+    """
     for module in model.modules():
         if type(module).__name__ in _WRAPPERS:
             raise ValueError(
@@ -22,17 +25,26 @@ def check_model(model: nn.Module) -> None:
             )
     if not any(True for _ in model.parameters()):
         raise ValueError(f"{type(model).__name__} has no parameters: there is nothing to calibrate")
+    hooked = next((name for name, module in model.named_modules() if hasattr(module, "_hf_hook")), None)
     for name, parameter in model.named_parameters():
         if parameter.device.type == "meta":
             raise ValueError(
-                f"{name} is on the meta device and has no values: load the model's weights before quantize_ "
-                "(from_pretrained without an offloading device_map)"
+                f"{name} is on the meta device and has no values"
+                + ("" if hooked is None else ", as accelerate offloaded it (device_map)")
+                + ': load the whole model into the host\'s memory, from_pretrained(..., device_map="cpu"), and call '
+                'quantize_(..., compute_device="cuda"), which brings one layer at a time to the GPU'
             )
         if hasattr(parameter, "device_mesh"):
             raise ValueError(
                 f"{name} is a DTensor, of which this rank has a part: call quantize_ with the whole model, before "
                 "fully_shard or parallelize_module"
             )
+    if hooked is not None and device is not None:
+        raise ValueError(
+            f"accelerate places the layers of this model (device_map; hook on {hooked or 'the model'!r}) and would "
+            f"take them back from {str(device)!r}: leave out device and compute_device to compute where they are, or "
+            'load the model with device_map="cpu" and pass compute_device'
+        )
 
 
 def check_linears(selected: Mapping[str, dict[str, nn.Linear]], owners: Mapping[nn.Parameter, list[str]]) -> None:

@@ -45,7 +45,7 @@ from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.report import some
 from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
-_FORMAT = 1  # to be raised when a step comes to compute something else from the same fingerprint
+_FORMAT = 2  # to be raised when a step comes to compute something else from the same fingerprint
 _LOCK = "mbq_ao.lock"
 _MOST = 10  # lines about what differs
 _HASH = " sha256:"
@@ -259,14 +259,15 @@ def describe_run(
     settings: CalibrationSettings,
     selected: Mapping[str, Mapping[str, nn.Linear]],
     *,
+    device: torch.device | None = None,
     progress: bool = False,
 ) -> RunDescription:
-    """selected: block -> {name in the block: linear}, what is quantized.
+    """device: computes; None: the batches'.  selected: block -> {name in the block: linear}, what is quantized.
 
     Raises ValueError for a calibration batch with something in it that cannot be compared.
     """
     config: Any = getattr(model, "config", None)
-    device = batches[0].labels.device
+    device = device or batches[0].labels.device
     # A buffer that is not saved is computed from the config, by some models (dynamic RoPE) anew in every forward.
     saved = model.state_dict().keys()
     named = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]
@@ -281,7 +282,7 @@ def describe_run(
         **{f"quantized linear {block}.{name}": "" for block, linears in selected.items() for name in linears},
         "recipe": repr(next((name for name, r in RECIPES.items() if r == settings.recipe), settings.recipe)),
         **{name: repr(getattr(settings, name)) for name in ("quantizer", "balance", "loss", "propagate_error")},
-        **{name: repr(getattr(settings, name)) for name in ("n_grid", "scale_groups")},
+        **{name: repr(getattr(settings, name)) for name in ("n_grid", "scale_groups", "route_weighted")},
     }
     fingerprint.update(_describe_batches(batches))
     computer = f"{platform.machine()}, {torch.get_num_threads()} threads"

@@ -6,6 +6,7 @@ reference.py     every op in plain fp32 torch: the spec and the oracle
 checks.py        what the ops check of their arguments; launch.py: what every launcher of a Triton kernel needs
 devices.py       a model of a GPU: clock cycles of a kernel, from what its programs ask of an SM
 grouped.py       several linears of one input by one call; sums.py: sums of parts of K
+expert_ops.py    torch.ops.mbq_ao.*_grouped_mm, the door to products with the stacked weights of experts
 
 W3A16, 3-bit weights:
 

@@ -53,9 +53,10 @@ _R = 5
 _PLACES = [(pair, slab, block) for pair in range(4) for slab in range(2) for block in range(2)]
 
 
-def packed_shape(n: int, k: int) -> tuple[int, int, int, int, int]:
-    """Shape of `qdata` for an (n, k) weight."""
-    return (-(-n // TILE_N), -(-k // TILE_K), *TILE_SHAPE)
+def packed_shape(*shape: int) -> tuple[int, ...]:
+    """Shape of `qdata` for an (n, k) weight, or for the (experts, n, k) of several."""
+    *experts, n, k = shape
+    return (*experts, -(-n // TILE_N), -(-k // TILE_K), *TILE_SHAPE)
 
 
 def pack_int3(q: Tensor) -> Tensor:
@@ -129,11 +130,11 @@ def unpack_int3_rows(qdata: Tensor, rows: Tensor, k: int) -> Tensor:
     return q.view(rows.numel(), num_col_tiles * TILE_K)[:, :k]
 
 
-def check_qdata(qdata: Tensor, n: int, k: int) -> None:
-    """Raise ValueError unless `qdata` is int16 and has the shape of a packed (n, k) weight."""
-    if qdata.dtype != torch.int16 or tuple(qdata.shape) != packed_shape(n, k):
+def check_qdata(qdata: Tensor, *shape: int) -> None:
+    """Raise ValueError unless `qdata` is int16 and has the shape of a packed (n, k) or (experts, n, k) weight."""
+    if qdata.dtype != torch.int16 or tuple(qdata.shape) != packed_shape(*shape):
         raise ValueError(
-            f"qdata of a {n} x {k} weight must be int16 {packed_shape(n, k)}, got {qdata.dtype} "
+            f"qdata of a {' x '.join(map(str, shape))} weight must be int16 {packed_shape(*shape)}, got {qdata.dtype} "
             f"{tuple(qdata.shape)}; make it with pack_int3"
         )
 

@@ -31,9 +31,10 @@ TILE_K = 64
 TILE_SHAPE = (32, 16)  # lane, byte
 
 
-def packed_shape(n: int, k: int) -> tuple[int, int, int, int]:
-    """Shape of `qdata` for an (n, k) weight."""
-    return (-(-n // TILE_N), -(-k // TILE_K), *TILE_SHAPE)
+def packed_shape(*shape: int) -> tuple[int, ...]:
+    """Shape of `qdata` for an (n, k) weight, or for the (experts, n, k) of several."""
+    *experts, n, k = shape
+    return (*experts, -(-n // TILE_N), -(-k // TILE_K), *TILE_SHAPE)
 
 
 def pack_int4(q: Tensor) -> Tensor:
@@ -71,11 +72,11 @@ def unpack_int4_rows(qdata: Tensor, rows: Tensor, k: int) -> Tensor:
     return q.flatten(1)[:, :k]
 
 
-def check_int4_qdata(qdata: Tensor, n: int, k: int) -> None:
-    """Raise ValueError unless `qdata` is int8 and has the shape of a packed (n, k) weight."""
-    if qdata.dtype != torch.int8 or tuple(qdata.shape) != packed_shape(n, k):
+def check_int4_qdata(qdata: Tensor, *shape: int) -> None:
+    """Raise ValueError unless `qdata` is int8 and has the shape of a packed (n, k) or (experts, n, k) weight."""
+    if qdata.dtype != torch.int8 or tuple(qdata.shape) != packed_shape(*shape):
         raise ValueError(
-            f"qdata of a {n} x {k} weight must be int8 {packed_shape(n, k)}, got {qdata.dtype} "
+            f"qdata of a {' x '.join(map(str, shape))} weight must be int8 {packed_shape(*shape)}, got {qdata.dtype} "
             f"{tuple(qdata.shape)}; make it with pack_int4"
         )
 

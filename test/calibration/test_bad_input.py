@@ -89,14 +89,54 @@ def test_weights_shared_between_linears(model: nn.Module) -> None:
     assert "are one parameter: quantizing it for one place" in refused(model, [build_batch("llava")])
 
 
+def test_layers_that_accelerate_places(model: nn.Module) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2)
+    everywhere = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "model.language_model"), "cpu")
+    accelerate.dispatch_model(model, {**everywhere, "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    with pytest.raises(ValueError) as caught:
+        quantize_(model, config, compute_device="meta", progress=False)
+    expect(
+        str(caught.value),
+        """\
+accelerate places the layers of this model (device_map; hook on 'the model') and would take them back from 'meta': \
+leave out device and compute_device to compute where they are, or load the model with device_map="cpu" and pass \
+compute_device""",
+    )
+    report, expected = (quantize_(m, config, progress=False) for m in (model, build_model("llava")))
+    assert report.records() == expected.records()
+
+
+def test_weights_that_accelerate_offloaded(model: nn.Module) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError) as caught:
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32), progress=False)
+    expect(
+        str(caught.value),
+        """\
+model.vision_tower.embeddings.class_embedding is on the meta device and has no values, as accelerate offloaded it \
+(device_map): load the whole model into the host's memory, from_pretrained(..., device_map="cpu"), and call \
+quantize_(..., compute_device="cuda"), which brings one layer at a time to the GPU""",
+    )
+
+
+def test_compute_device_without_a_calibration(model: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match="compute_device is for calibration, but Int3WeightOnlyConfig calibrates nothing"
+    ):
+        quantize_(model, Int3WeightOnlyConfig(), compute_device="cpu")
+
+
 def test_weights_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = build_model("llava")
     expect(
         refused(model, [build_batch("llava")]).replace("patch_embedding.weight", "<name>"),
         """\
-model.vision_tower.embeddings.class_embedding is on the meta device and has no values: load the model's weights \
-before quantize_ (from_pretrained without an offloading device_map)""",
+model.vision_tower.embeddings.class_embedding is on the meta device and has no values: load the whole model into \
+the host's memory, from_pretrained(..., device_map="cpu"), and call quantize_(..., compute_device="cuda"), which \
+brings one layer at a time to the GPU""",
     )
 
 

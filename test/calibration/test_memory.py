@@ -83,3 +83,30 @@ def test_the_peak_of_w4a8(sizes: dict[str, int]) -> None:
 def test_the_peak_with_error_propagation(num_layers: int, num_batches: int, sizes: dict[str, int]) -> None:
     stated = num_layers * sizes["packed"] + 3.5 * sizes["block"] + 10 * num_batches * sizes["hidden"]
     assert 0.4 * stated <= peak(num_layers=num_layers, num_batches=num_batches, propagate_error=True) <= stated
+
+
+@pytest.mark.parametrize(("num_batches", "propagate_error"), [(2, False), (6, False), (6, True)])
+def test_the_peak_with_experts(num_batches: int, propagate_error: bool) -> None:
+    experts_a_token, width, tokens = 4, 32, 400
+    config = {"num_experts": 8, "num_experts_per_tok": experts_a_token, "moe_intermediate_size": width}
+    model = build_model("qwen3_moe", max_position_embeddings=512, **config)
+    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    data = [build_batch("qwen3_moe", tokens, seed=i) for i in range(num_batches)]
+    inputs = [value for batch in data for value in batch.values()]
+    with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
+        options = mbq_config(data, group_size=64, n_grid=3, propagate_error=propagate_error)
+        report = quantize_(model, options, progress=False)
+    assert report is not None
+    of_experts = 3.5 * 4 * num_batches * tokens * experts_a_token * width
+    hidden = (10 if propagate_error else 4.5) * 4 * num_batches * tokens * 64
+    assert live.peak <= report.nbytes_after + 3.5 * block + hidden + of_experts
+
+
+def test_all_experts_of_a_block_are_not_copied_more_often_than_a_dense_block() -> None:
+    config = {"num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 128}
+    model = build_model("qwen3_moe", **config)
+    block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    data = build_batch("qwen3_moe", 20)
+    with LiveBytes([*model.parameters(), *model.buffers(), *data.values()]) as live:
+        report = quantize_(model, mbq_config([data], group_size=64, n_grid=3), progress=False)
+    assert report is not None and live.peak <= report.nbytes_after + 3.5 * block

@@ -152,6 +152,7 @@ CASES = {
         {"recipe": "smoothquant", "precision": "w4a8", "n_grid": 20},
         {"balance": False},
         {"family": "mllama"},  # the image is another sequence than the text
+        {"family": "qwen3_vl_moe", "propagate_error": True},
         {"vision": Int8WeightOnlyConfig(), "device": "cpu"},
         {"dtype": torch.bfloat16},
         {"number": 1},
@@ -160,6 +161,7 @@ CASES = {
     3: [
         {"precision": "w4a8"},
         {"family": "qwen2_vl", "precision": "w4a8", "propagate_error": True},
+        {"family": "llama4", "precision": "w4a8"},
         {"number": 2},  # one rank has no batch of its own
         {"number": 2, "targets": "decoder+vision"},
     ],

@@ -73,8 +73,8 @@ def test_a_forward_ends_at_the_linear_that_is_looked_at() -> None:
     ran = []
     for name in ("up", "down"):
         prober.block.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-    assert torch.equal(prober._input_of("up", {}), expected) and ran == []
-    assert prober._input_of("down", {}).shape == (10, 2 * C) and ran == ["up"]
+    assert torch.equal(prober.input_of("up", {}), expected) and ran == []
+    assert prober.input_of("down", {}).shape == (10, 2 * C) and ran == ["up"]
     assert not any(m._forward_pre_hooks for m in prober.block.modules())
 
 

@@ -33,7 +33,8 @@ from mbq_ao.calibration import block, mbq
 from mbq_ao.calibration.capture import find_blocks
 from mbq_ao.calibration.residency import computing_on
 from mbq_ao.calibration.scale_groups import BlockProber
-from mbq_ao.calibration.stacks import _runs, forward_until, linears_beside, listed_blocks
+from mbq_ao.calibration.selection import linears_beside
+from mbq_ao.calibration.stacks import _runs, forward_until, listed_blocks
 
 VLMS = [family for family in CONFIGS if family not in TEXT_ONLY]
 KINDS: Any = {"w3a16": MBQInt3Tensor, "w4a8": MBQW4A8Tensor}
