@@ -91,6 +91,7 @@ def calibrated(
         ("qwen3_vl", {"propagate_error": True, "precision": "w4a8", "n_grid": 3}),  # image features between layers
         ("gemma3", {"recipe": "smoothquant", "precision": "w4a8"}),  # other masks in every second layer
         ("mllama", {"recipe": "paper", "n_grid": 3}),  # cross-attention
+        ("qwen3_vl_moe", {"propagate_error": True, "n_grid": 2}),
     ],
 )
 def test_where_the_model_lies_does_not_change_a_bit(
