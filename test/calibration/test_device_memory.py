@@ -92,6 +92,8 @@ def calibrated(
         ("gemma3", {"recipe": "smoothquant", "precision": "w4a8"}),  # other masks in every second layer
         ("mllama", {"recipe": "paper", "n_grid": 3}),  # cross-attention
         ("qwen3_vl_moe", {"propagate_error": True, "n_grid": 2}),
+        ("qwen3_vl", {"targets": "decoder+vision", "propagate_error": True, "precision": "w4a8", "n_grid": 3}),
+        ("mllama", {"targets": "decoder+vision", "n_grid": 3}),
     ],
 )
 def test_where_the_model_lies_does_not_change_a_bit(
