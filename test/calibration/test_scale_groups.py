@@ -302,9 +302,9 @@ def quantize(family: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tu
     scalings: list[Scaling] = []
     check_logits = mbq.check_logits
 
-    def spy(model: Any, blocks: Any, found: dict[str, list[Scaling]], batches: Any) -> float:
+    def spy(model: Any, blocks: Any, found: dict[str, list[Scaling]], *rest: Any) -> float:
         scalings.extend(s for of_block in found.values() for s in of_block)
-        return check_logits(model, blocks, found, batches)
+        return check_logits(model, blocks, found, *rest)
 
     monkeypatch.setattr(mbq, "check_logits", spy)
     config = mbq_config([build_batch(family)], group_size=32, n_grid=4, **options)
