@@ -100,6 +100,7 @@ def train_vision(
     pixels: Tensor,
     labels: list[tuple[str, str]],
     rng: random.Random,
+    steps: int = VISION_STEPS,
 ) -> None:
     """Stage 1, in place.  pixels: (num_images, 3, 64, 64); labels: (shape, color) of each."""
     words = [*COLORS, *SHAPES, "background"]
@@ -109,9 +110,9 @@ def train_vision(
     shape = torch.tensor([words.index(s) for s, _ in labels])
     parameters = [p for n, p in model.named_parameters() if is_trained_directly(n)]
     optimizer = torch.optim.AdamW(parameters, VISION_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, VISION_RATE, total_steps=VISION_STEPS, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, VISION_RATE, total_steps=steps, pct_start=0.1)
     start = time.time()
-    for step in range(1, VISION_STEPS + 1):
+    for step in range(1, steps + 1):
         pick = torch.tensor(rng.choices(range(len(labels)), k=VISION_BATCH))
         images = move_shapes(pixels[pick], rng)
         target, ink = vision_targets(images, color[pick], shape[pick], background=len(words) - 1)
