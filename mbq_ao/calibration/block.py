@@ -34,7 +34,8 @@ FEWEST_TOKENS = 1  # an expert that fewer tokens weigh in for is rounded plainly
 class BlockCalibrator:
     """Searches the groups of one block on the streams at its input. The block is not changed.
 
-    streams: of the batches that this rank runs. masks: of all batches.
+    streams: of the batches that this rank runs. masks: of all batches; None where all tokens count alike, which is not
+    a matter of the text's tokens (a vision tower).
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class BlockCalibrator:
         block: nn.Module,
         index: int,
         streams: list[BlockStream],
-        masks: Masks,
+        masks: Masks | None,
         settings: CalibrationSettings,
         ratios: Mapping[str, float | None],
         linears: dict[str, nn.Linear],
@@ -87,10 +88,13 @@ class BlockCalibrator:
             del calls  # before the next ones are recorded
             # The first group sees the unquantized block on the distorted stream, the others the block quantized so far.
             calls = self._capture(group, self._served_so_far(), distorted=True)
+        masks = self.masks
+        if masks is None:
+            masks = Masks.even(self.ranks.gather([target.shape[:-1] for target in targets]), targets[0].device)
         weights = token_weights(
-            self.masks.counted,
-            self.masks.answer,
-            self.masks.vision,
+            masks.counted,
+            masks.answer,
+            masks.vision,
             ratio=self.ratios[group.measured_at],
             loss=self.settings.loss,
             num_channels=targets[0].shape[-1],
@@ -99,7 +103,7 @@ class BlockCalibrator:
             Example(seen.call, target, weight)
             for seen, target, weight in zip(calls, targets, self.ranks.mine(weights), strict=True)
         ]
-        return self._search_on(group, examples, [seen.x for seen in calls], self.ranks.mine(self.masks.counted))
+        return self._search_on(group, examples, [seen.x for seen in calls], self.ranks.mine(masks.counted))
 
     @torch.no_grad()
     def _search_experts(self, parameter: ExpertParameter, groups: list[ScaleGroup]) -> list[GroupReport]:
@@ -162,6 +166,8 @@ class BlockCalibrator:
         self, parameter: ExpertParameter, tokens: list[list[Tensor]], e: int, ratio: float | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Of all batches: which tokens of expert e are counted, and their weights in the loss, (n,) fp32."""
+
+        assert self.masks is not None  # experts are looked for in the decoder alone
 
         def of_expert(masks: list[Tensor]) -> list[Tensor]:
             return [mask.flatten()[of_batch[e]] for mask, of_batch in zip(masks, tokens, strict=bool(tokens))]
@@ -277,8 +283,9 @@ class BlockCalibrator:
         return seen
 
     def _call(self, stream: BlockStream, distorted: bool) -> ModuleCall:
-        hidden = stream.distorted if distorted and stream.distorted is not None else stream.hidden
-        return stream.call(self.index, hidden)
+        if distorted and stream.distorted is not None:
+            return (stream.behind or stream).call(self.index, stream.distorted)
+        return stream.call(self.index, stream.hidden)
 
     def _served_so_far(self) -> dict[str, Tensor]:
         return self.served_parameters() if self.scalings else {}
@@ -326,7 +333,8 @@ class BlockCalibrator:
         for stream in self.streams:
             if self.settings.propagate_error:
                 distorted = self._call(stream, distorted=True).run(self.block, served)
-                stream.distorted = self.placement.keep(stream.between(self.index + 1, distorted))
+                distorted = (stream.behind or stream).between(self.index + 1, distorted)
+                stream.distorted = self.placement.keep(distorted)
             hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
             stream.hidden = self.placement.keep(hidden)
 

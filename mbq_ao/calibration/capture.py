@@ -1,4 +1,4 @@
-"""The decoder's blocks, and what each of them is called with.
+"""The decoder's blocks, and what each of them is called with (those beside the decoder: stacks.py).
 
 One forward of the whole model records, for every block and batch, the arguments beside the hidden
 state (attention mask, position embeddings, ...), so that a block can be replayed alone:
@@ -78,7 +78,9 @@ class ModuleCall:
     def record(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModuleCall:
         # A key-value cache would grow, and be read, at every replay.
         plain_args, plain_kwargs = tree_map_only(Cache, lambda cache: None, (tuple(args), dict(kwargs)))
-        return cls(plain_args, plain_kwargs, 0 if args else "hidden_states")
+        tensors = (key for key, value in plain_kwargs.items() if isinstance(value, Tensor))
+        key = "hidden_states" if "hidden_states" in kwargs else next(tensors, "hidden_states")
+        return cls(plain_args, plain_kwargs, 0 if args else key)
 
     @property
     def hidden(self) -> Tensor:
@@ -112,12 +114,17 @@ class BlockStream:
     calls: list[ModuleCall] = field(default_factory=list)  # one a block, without the hidden state
     deltas: dict[int, Tensor] = field(default_factory=dict)  # added before block i
     distorted: Tensor | None = None  # the stream through the quantized blocks, with error propagation
+    behind: BlockStream | None = None  # how the blocks are called behind what is quantized before them, with it too
     last_output: Tensor | None = None  # only while recording
     placement: Placement = HERE
 
     def call(self, index: int, hidden: Tensor) -> ModuleCall:
         """The call of block `index` on `hidden`."""
         return self.calls[index].with_hidden(hidden).map_tensors(self.placement.fetch)
+
+    def start_behind(self, stream: BlockStream) -> None:
+        """Let the distorted stream be this one, recorded while what comes before the blocks is quantized."""
+        self.behind, self.distorted = stream, stream.hidden
 
     def between(self, index: int, output: Tensor) -> Tensor:
         """The input of block `index`, given the output of the one before."""
@@ -172,7 +179,7 @@ def capture_streams(
         stream = BlockStream(placement=placement)
         hooks = (
             block.register_forward_hook(
-                partial(_record_call, stream, index, f"{name} on calibration batch {batch.index}"), with_kwargs=True
+                partial(record_call, stream, index, f"{name} on calibration batch {batch.index}"), with_kwargs=True
             )
             for index, (name, block) in enumerate(blocks.items())
         )
@@ -188,7 +195,7 @@ def capture_streams(
     return streams
 
 
-def _record_call(
+def record_call(
     stream: BlockStream,
     index: int,
     where: str,
@@ -197,6 +204,7 @@ def _record_call(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
+    """A forward hook: add this call of block number `index` to the stream."""
     if index != len(stream.calls):
         raise RuntimeError(
             f"the model runs {where} as its block number {len(stream.calls)}, where number {index} was expected: every "

@@ -50,11 +50,11 @@ def check_model(model: nn.Module, device: torch.device | None = None) -> None:
 def check_linears(selected: Mapping[str, dict[str, nn.Linear]], owners: Mapping[nn.Parameter, list[str]]) -> None:
     """Raise ValueError for linears that are quantized already, shared, of another dtype or not finite.
 
-    selected: block -> {name in the block: linear}.  owners: see `owners_of_parameters`.
+    selected: block ("" is the model) -> {name in the block: linear}.  owners: see `owners_of_parameters`.
     """
     for block, linears in selected.items():
         for name, linear in linears.items():
-            _check_weight(f"{block}.{name}.weight", linear.weight)
+            _check_weight(f"{block}.{name}.weight".removeprefix("."), linear.weight)
             first, *others = owners[linear.weight]
             if others:
                 raise ValueError(

@@ -4,6 +4,7 @@
     run.safetensors          the fingerprint of model, data and settings, and the environment
     sensitivity.safetensors  r of every inspected module
     block_0000.safetensors   of one decoder layer: its groups' scales and reports
+    stack_00_block_0000.safetensors  the same of a block of the vision tower, or of what else `targets` chose
 
 Scales and reports are all there is to keep: new weights, the streams between the layers and the checks follow from
 them and from the model, in the same operations as in a run that was not interrupted, hence bit for bit.
