@@ -77,7 +77,7 @@ import {modules}
 between, known = time.process_time(), set(sys.modules)
 import mbq_ao
 ended, new = time.process_time(), set(sys.modules) - known
-ours = sum(name.partition(".")[0] == "mbq_ao" for name in new)
+ours = sum(name.lstrip("_").startswith("mbq_ao") for name in new)
 print(json.dumps(dict(before=between - began, ours=ended - between, modules=ours, others=len(new) - ours)))
 """
     root = str(pathlib.Path(__file__).resolve().parents[1])

@@ -89,18 +89,16 @@ class MBQCheckpointConfig(QuantizationConfigMixin):
     def describe(self, model: nn.Module) -> None:
         """Set what can be read off a quantized model.
 
-        Raises ValueError if it has no quantized weights, or some parameters of one name are transposed and others not.
+        Raises ValueError if some parameters of one name are stored transposed and others not.
         """
         weights = packed_weights(model)
-        if not weights:
-            raise ValueError(f"this {type(model).__name__} has no quantized weights: call mbq_ao.quantize_ first")
         self.parameters = {}
         for name, weight in weights.items():
             parameter = name.rpartition(".")[2]
             if self.parameters.setdefault(parameter, weight.transposed) != weight.transposed:
                 raise ValueError(f"{name} is stored transposed and other parameters called {parameter} are not")
         self.num_weights = len(weights)
-        self.dtype = str(getattr(model, "dtype", next(iter(weights.values())).dtype)).removeprefix("torch.")
+        self.dtype = str(model.dtype).removeprefix("torch.")
         self.mbq_ao_version = mbq_ao.__version__
 
 

@@ -77,7 +77,8 @@ class PackedWeight(TorchAOBaseTensor):
 
     @classmethod
     def _from_hp(cls, w: Tensor, group_size: int | None, act_pre_scale: Tensor | None) -> Self:
-        """What from_hp returns; experts are quantized one by one, so what that takes beside them is one expert's."""
+        """What from_hp returns. Experts are quantized one by one: beside w it takes what one of them does, and their
+        packed data, twice while they are stacked."""
         g = checked_group_size(w, group_size)
         w = w.detach()
         act_pre_scale = checked_pre_scale(act_pre_scale, w)

@@ -42,7 +42,7 @@ def attach(
     Sets what transformers' `from_pretrained` sets, and lets `model.save_pretrained` be ours.
     report: what `quantize_` found.  config: as it was loaded; None: made of the report and the model.
     """
-    if not isinstance(model, PreTrainedModel):
+    if not isinstance(model, PreTrainedModel) or not packed_weights(model):
         return
     if config is None:
         config = MBQCheckpointConfig(
@@ -86,6 +86,8 @@ def save_pretrained(
         raise NotADirectoryError(f"save_directory must be a folder, {target} is a file")
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, MBQHfQuantizer):
+        if not packed_weights(model):
+            raise ValueError(f"this {type(model).__name__} has no quantized weights: call mbq_ao.quantize_ first")
         attach(model)
         quantizer = model.hf_quantizer
     report = report or quantizer.report

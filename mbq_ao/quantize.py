@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FilterFn = Callable[[nn.Module, str], bool]
 _RECIPES = ("best", "paper", "smoothquant")
 _LOSSES = ("mae", "mse")
+_TARGETS = ("decoder", "decoder+vision")
 
 
 @dataclass(kw_only=True)
@@ -47,6 +48,7 @@ class MBQConfig(AOBaseConfig):
     filter_fn: FilterFn | None = None
     scale_groups: Sequence[ScaleGroup] | None = None
     blocks: Sequence[nn.Module] | None = None
+    targets: Literal["decoder", "decoder+vision"] | FilterFn = "decoder"
 
     def __post_init__(self) -> None:
         _one_of("precision", self.precision, tuple(_QUANTIZERS))
@@ -60,6 +62,13 @@ class MBQConfig(AOBaseConfig):
             raise ValueError(
                 "vision must be a torchao config that rounds without data, such as "
                 f"Int8DynamicActivationInt8WeightConfig(), or None, got {type(self.vision).__name__}"
+            )
+        if not callable(self.targets):
+            _one_of("targets", self.targets, _TARGETS, "a filter (module, fqn) -> bool")
+        if self.vision is not None and self.targets == "decoder+vision":
+            raise ValueError(
+                f"vision={type(self.vision).__name__} rounds the vision tower without calibration, and "
+                'targets="decoder+vision" calibrates it; leave out one of them'
             )
         searches = self.recipe != "smoothquant"
         if not searches and (self.balance or self.propagate_error or self.n_grid != MBQConfig.n_grid):
@@ -89,6 +98,7 @@ class MBQConfig(AOBaseConfig):
             quantizer=self.quantizer(),
             scale_groups=self.scale_groups,
             blocks=self.blocks,
+            targets=self.targets,
         )
 
 
@@ -161,6 +171,7 @@ def mbq_config(
     filter_fn: FilterFn | None = None,
     scale_groups: Sequence[ScaleGroup] | None = None,
     blocks: Sequence[nn.Module] | None = None,
+    targets: Literal["decoder", "decoder+vision"] | FilterFn = "decoder",
 ) -> MBQConfig:
     """Modality-balanced quantization, calibrated on `calib_data` (arXiv 2412.19509).
 
@@ -190,11 +201,19 @@ def mbq_config(
     vision: a torchao config for the linears of the vision tower, by plain rounding, such as torchao's
         Int8DynamicActivationInt8WeightConfig() or our Int8DynamicActivationInt4WeightMBQConfig(). None: the tower
         stays as it is, as in the paper's main tables.
-    filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` of the vision tower,
-        to quantize; None: all of them. Experts in a 3-D parameter are quantized all or none: it gets the parameter's
-        name and the first expert, as a linear. Routers are never quantized.
-    scale_groups: use these groups (names relative to a block) instead of looking for them. They cannot name experts.
+    filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` or `targets` of the
+        vision tower, to quantize; None: all of them. Experts in a 3-D parameter are quantized all or none: it gets the
+        parameter's name and the first expert, as a linear. Routers are never quantized.
+    scale_groups: use these groups (names relative to a decoder layer) instead of looking for them. They cannot name
+        experts.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
+    targets: what is calibrated. "decoder": its layers. "decoder+vision": also the vision tower's blocks and the
+        projector, in the same precision and by the same search, on the images of calib_data, with all patches
+        counting alike. A filter, (module, fqn) -> bool: these nn.Linear of the whole model, whatever they are in;
+        filter_fn then narrows what it takes. Not with `vision` for the same linears. With propagate_error the decoder
+        is calibrated behind the quantized tower. The report says stack by stack what was calibrated; which linears are
+        rounded without calibration, because they are called alone or behind the decoder's layers (lm_head); and which
+        are left alone, because no batch runs them. Convolutions and embeddings stay as they are.
 
     Raises ValueError for a value outside these choices.
     """
@@ -211,6 +230,7 @@ def mbq_config(
         filter_fn=filter_fn,
         scale_groups=scale_groups,
         blocks=blocks,
+        targets=targets,
     )
 
 
@@ -220,6 +240,7 @@ def quantize_(
     filter_fn: FilterFn | None = None,
     device: torch.types.Device = None,
     *,
+    compute_device: torch.types.Device = None,
     progress: bool = True,
     work_dir: str | os.PathLike[str] | None = None,
     distributed: bool = True,
@@ -227,15 +248,18 @@ def quantize_(
     """Quantize the model in place. A superset of `torchao.quantization.quantize_`.
 
     With `mbq_config(calib_data)`: calibrates, then turns the linears of the language model's decoder layers into
-    MBQInt3Tensor or MBQW4A8Tensor weights (with `vision`, those of the vision tower as well), and returns the report.
+    MBQInt3Tensor or MBQW4A8Tensor weights (with `targets` or `vision`, those of the vision tower as well), and returns
+    the report.
     Any other config is handed to torchao's own `quantize_` and None is returned.
 
     filter_fn: (module, fqn) -> bool; only linears for which it is true are quantized.
-    device: where to compute. The model ends up there, as with torchao; while calibrating, its decoder
-        layers go there one at a time, so a model larger than the device's memory can be calibrated.
-        None: each layer stays where it is.
+    device: where to compute, and where the quantized model ends up, as with torchao. None: the model stays where it is.
+    compute_device: where to compute, if not where the model ends up. Decoder layers and blocks of the vision tower go
+        there one at a time, activations a batch at a time, so that neither the model nor the data need fit:
+        `mbq_ao.calibration.memory.estimate` says what is needed. compute_device="cuda" alone calibrates a model on the
+        GPU and leaves it on the host. None: `device`, or each layer where it is.
     progress: show progress bars.
-    work_dir: a folder, made if missing, in which each decoder layer's scales are kept as soon as they are found. If
+    work_dir: a folder, made if missing, in which each block's scales are kept as soon as they are found. If
         this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit as an
         uninterrupted one would have (same machine, same versions; others warn). Raises ValueError naming what
         differs if the folder is of another model, other data or another config (`vision` may be another), and if
@@ -252,10 +276,11 @@ def quantize_(
     Memory beyond the model: see mbq_ao/calibration/mbq.py.
     """
     if not isinstance(config, MBQConfig):
-        if work_dir is not None:
-            raise ValueError(
-                f"work_dir keeps what a calibration found, but {type(config).__name__} calibrates nothing; leave it out"
-            )
+        for name, value in {"work_dir": work_dir, "compute_device": compute_device}.items():
+            if value is not None:
+                raise ValueError(
+                    f"{name} is for calibration, but {type(config).__name__} calibrates nothing; leave it out"
+                )
         torchao_quantize_(model, config, filter_fn, device)
         return None
 
@@ -266,17 +291,22 @@ def quantize_(
 
     filters = [f for f in (filter_fn, config.filter_fn) if f is not None]
     passes: FilterFn | None = (lambda module, fqn: all(f(module, fqn) for f in filters)) if filters else None
-    to = None if device is None else torch.device(device)
+    to, compute_on = (None if d is None else torch.device(d) for d in (device, compute_device))
     with joined_ranks(distributed) as ranks, open_work_dir(work_dir if ranks.is_first else None) as store:
         # Before the work, as it may raise; calibration does not touch the tower.
         tower = {} if config.vision is None else vision_linears(model, passes)
+        if callable(config.targets) and (both := [n for n, m in tower.items() if config.targets(m, n)]):
+            raise ValueError(
+                f"targets and vision={type(config.vision).__name__} both quantize {both[0]} ({len(both)} linears in "
+                "all); leave the vision tower out of one of them"
+            )
         tower_weights = {} if config.vision is None else rounded_weights(tower, config.vision)
         plan, report = calibrate(
             model,
             config.calib_data,
             config.settings(),
             filter_fn=passes,
-            device=to,
+            device=compute_on or to,
             progress=progress,
             store=store,
             ranks=ranks,
@@ -291,7 +321,10 @@ def quantize_(
     report.settings = {
         name: getattr(config, name)
         for name in ("precision", "group_size", "recipe", "balance", "loss", "propagate_error", "n_grid")
-    } | {"vision": None if config.vision is None else type(config.vision).__name__}
+    } | {
+        "vision": None if config.vision is None else type(config.vision).__name__,
+        "targets": "filter" if callable(config.targets) else config.targets,
+    }
     attach(model, report)
     return report
 
@@ -304,6 +337,7 @@ def _refuse_module_by_module(module: nn.Module, config: MBQConfig, **kwargs: Any
     )
 
 
-def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: object, allowed: tuple[str, ...], otherwise: str = "") -> None:
     if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+        or_else = f", or {otherwise}" if otherwise else ""
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}{or_else}, got {value!r}")

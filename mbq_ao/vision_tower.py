@@ -12,14 +12,21 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 
 
+def find_vision_tower(model: nn.Module) -> nn.Module | None:
+    """The module that transformers' `get_encoder("image")` finds."""
+    tower = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
+    # transformers returns the model itself where it finds none.
+    return tower if isinstance(tower, nn.Module) and tower is not model and tower in set(model.modules()) else None
+
+
 def vision_linears(model: nn.Module, filter_fn: Callable[[nn.Module, str], bool] | None = None) -> dict[str, nn.Linear]:
     """The nn.Linear of the vision tower, which transformers' `get_encoder("image")` finds, by their full names.
 
     Raises ValueError if there is no vision tower, or no linear of it passes filter_fn.
     """
-    tower = model.get_encoder(modality="image") if hasattr(model, "get_encoder") else None
+    tower = find_vision_tower(model)
     names = {module: name for name, module in model.named_modules()}
-    if tower is None or not names.get(tower):  # transformers returns the model itself where it finds none
+    if tower is None:
         raise ValueError(
             f"vision=... quantizes the vision tower, but {type(model).__name__} has none that transformers' "
             'get_encoder("image") finds; leave it out, and call torchao.quantization.quantize_ with a filter_fn'

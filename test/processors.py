@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
-from models import IMAGE, IMAGE_END, IMAGE_START, VIDEO
+from families import IMAGE, IMAGE_END, IMAGE_START, VIDEO
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import BPE

@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, TEXT_ONLY, build_batch, build_model, model_inputs
+from families import FAMILIES, LANGUAGE, MIXTURES, MULTIMODAL
+from models import build_batch, build_model, model_inputs
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchao.quantization import quantize_ as torchao_quantize_
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CompileConfig
+from transformers import AutoModelForCausalLM, CompileConfig
 
 import mbq_ao
 from mbq_ao import (
@@ -55,7 +56,7 @@ def packed(model: nn.Module) -> dict[str, str]:
     return {n: repr(p) for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, PackedWeight)}
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", [*MULTIMODAL, *LANGUAGE])
 def test_round_trip(family: str, tmp_path: Path) -> None:
     """Saved, loaded, saved again in shards, loaded by transformers' own class with device_map: nothing moves a bit."""
     model = rounded(family)
@@ -67,8 +68,7 @@ def test_round_trip(family: str, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, family), expected)
     loaded.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
-    auto = AutoModelForCausalLM if family in TEXT_ONLY else AutoModelForImageTextToText
-    again = auto.from_pretrained(tmp_path / "shards", device_map="auto")
+    again = FAMILIES[family].auto.from_pretrained(tmp_path / "shards", device_map="auto")
     assert packed(again) == weights and torch.equal(logits(again, family), expected)
 
 
@@ -114,6 +114,16 @@ def test_a_calibrated_model(precision: str, tmp_path: Path) -> None:
     loaded = from_pretrained(tmp_path / "m")
     assert torch.equal(logits(loaded, "olmo2"), logits(model, "olmo2"))
     assert loaded.hf_quantizer.quantization_config.to_dict() == config | {"calibration": report.calibration}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts(family: str, tmp_path: Path) -> None:
+    model, _ = calibrated(family, "w4a8" if list(MIXTURES).index(family) % 2 else "w3a16")
+    weights, expected = packed(model), logits(model, family)
+    assert any(".experts." in name and p.ndim == 3 for name, p in model.named_parameters() if name in weights)
+    model.save_pretrained(tmp_path / "m", max_shard_size="60KB")
+    loaded = from_pretrained(tmp_path / "m")
+    assert packed(loaded) == weights and torch.equal(logits(loaded, family), expected)
 
 
 def test_another_dtype(tmp_path: Path) -> None:

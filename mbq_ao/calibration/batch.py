@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mbq_ao.calibration.residency import Placement
 
 IGNORE_INDEX = -100
 """The label of a token that is not part of the answer, as everywhere in transformers."""
@@ -25,7 +27,7 @@ _VISION_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id",
 
 @dataclass
 class CalibrationBatch:
-    """One batch, on the model's device.
+    """One batch, on the model's device, or in the host's memory until it is computed with.
 
     inputs: keyword arguments of the model's forward.
     labels: (B, T) int64, -100 where a token is not answer.
@@ -45,6 +47,10 @@ class CalibrationBatch:
     @property
     def num_tokens(self) -> int:
         return self.valid.numel()
+
+    def on(self, placement: Placement) -> CalibrationBatch:
+        """The batch where it is computed with."""
+        return CalibrationBatch(**{f.name: placement.fetch(getattr(self, f.name)) for f in fields(self)})
 
     def predicts_answer(self) -> Tensor:
         """(B, T) bool: positions whose output is the next answer token, i.e. `answer` shifted left by one.
@@ -160,9 +166,10 @@ def _checked_mask(batch: Mapping[str, Any], key: str, shape: tuple[int, ...], in
 
 
 def _find_vision_tokens(model: nn.Module, ids: Tensor | None, valid: Tensor) -> Tensor:
-    """Positions of the placeholder tokens that the model's own config names."""
+    """Positions of the placeholder tokens that the model's own config names, or its vision part (Phi-4-multimodal)."""
     config = getattr(model, "config", None)
-    token_ids = {getattr(config, field, None) for field in _VISION_TOKEN_FIELDS}
+    configs = (config, getattr(config, "vision_config", None))
+    token_ids = {getattr(c, field, None) for c in configs for field in _VISION_TOKEN_FIELDS}
     vision = torch.zeros_like(valid)
     if ids is not None:
         for token_id in token_ids - {None}:

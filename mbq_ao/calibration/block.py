@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -16,6 +16,7 @@ from mbq_ao.calibration.experts import ExpertLinear, ExpertParameter
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
 from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import ExpertsReport, GroupReport
+from mbq_ao.calibration.residency import HERE, Placement
 from mbq_ao.calibration.routing import ExpertRows, common, expert_rows
 from mbq_ao.calibration.scale_search import (
     Example,
@@ -33,7 +34,8 @@ FEWEST_TOKENS = 1  # an expert that fewer tokens weigh in for is rounded plainly
 class BlockCalibrator:
     """Searches the groups of one block on the streams at its input. The block is not changed.
 
-    streams: of the batches that this rank runs. masks: of all batches.
+    streams: of the batches that this rank runs. masks: of all batches; None where all tokens count alike, which is not
+    a matter of the text's tokens (a vision tower).
     """
 
     def __init__(
@@ -42,18 +44,19 @@ class BlockCalibrator:
         block: nn.Module,
         index: int,
         streams: list[BlockStream],
-        masks: Masks,
+        masks: Masks | None,
         settings: CalibrationSettings,
         ratios: Mapping[str, float | None],
         linears: dict[str, nn.Linear],
         experts: list[ExpertParameter],
         ranks: Ranks = ALONE,
+        placement: Placement = HERE,
     ) -> None:
         self.name, self.block, self.index, self.streams = name, block, index, streams
         self.masks, self.settings, self.ratios, self.linears = masks, settings, ratios, linears
         self.experts = {e.name: e for e in experts}
         self.num_tokens: dict[str, list[int]] = {}  # of a module with experts, that weigh in each expert's own search
-        self.ranks, self.scalings = ranks, list[Scaling]()
+        self.ranks, self.placement, self.scalings = ranks, placement, list[Scaling]()
 
     def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
         """Find one scale a group. All groups are searched on original weights, in order."""
@@ -79,24 +82,28 @@ class BlockCalibrator:
 
     @torch.no_grad()
     def _search_group(self, group: ScaleGroup) -> GroupReport:
-        clean = self._capture(group, {}, distorted=False)
-        calls = clean
+        calls = self._capture(group, {}, distorted=False)
+        targets = [seen.output for seen in calls]
         if self.settings.propagate_error:
+            del calls  # before the next ones are recorded
             # The first group sees the unquantized block on the distorted stream, the others the block quantized so far.
             calls = self._capture(group, self._served_so_far(), distorted=True)
+        masks = self.masks
+        if masks is None:
+            masks = Masks.even(self.ranks.gather([target.shape[:-1] for target in targets]), targets[0].device)
         weights = token_weights(
-            self.masks.counted,
-            self.masks.answer,
-            self.masks.vision,
+            masks.counted,
+            masks.answer,
+            masks.vision,
             ratio=self.ratios[group.measured_at],
             loss=self.settings.loss,
-            num_channels=clean[0].output.shape[-1],
+            num_channels=targets[0].shape[-1],
         )
         examples = [
-            Example(seen.call, target.output, weight)
-            for seen, target, weight in zip(calls, clean, self.ranks.mine(weights), strict=True)
+            Example(seen.call, target, weight)
+            for seen, target, weight in zip(calls, targets, self.ranks.mine(weights), strict=True)
         ]
-        return self._search_on(group, examples, [seen.x for seen in calls], self.ranks.mine(self.masks.counted))
+        return self._search_on(group, examples, [seen.x for seen in calls], self.ranks.mine(masks.counted))
 
     @torch.no_grad()
     def _search_experts(self, parameter: ExpertParameter, groups: list[ScaleGroup]) -> list[GroupReport]:
@@ -114,7 +121,7 @@ class BlockCalibrator:
                     power = 1 if self.settings.loss == "mae" else 2
                     own = [w * clean.share[e].abs() ** power for w, (clean, _) in zip(own, rows, strict=True)]
                 examples = [
-                    Example(ModuleCall((seen.x[e],), {}), linear(clean.x[e]), weight)
+                    Example(ModuleCall((seen.x[e],), {}), self._kept_output(linear, clean.x[e]), weight)
                     for (clean, seen), weight in zip(rows, own, strict=True)
                 ]
                 report = self._search_on(group, examples, [seen.x[e] for _, seen in rows], self.ranks.mine(counted))
@@ -137,10 +144,12 @@ class BlockCalibrator:
         record = partial(expert_rows, self.block, experts=list(self.experts.values()), wanted=parameter)
         for stream in self.streams:
             clean = record(self._call(stream, distorted=False), {}, with_shares=self.settings.route_weighted)
+            clean = clean and clean.kept(self.placement)
             seen = clean
             if self.settings.propagate_error:
                 # Errors before the router send some tokens elsewhere; those have no target.
                 seen = record(self._call(stream, distorted=True), served, with_shares=False)
+                seen = seen and seen.kept(self.placement)
             if clean is None or seen is None:
                 rows.append(None)
             else:
@@ -150,10 +159,15 @@ class BlockCalibrator:
             return [], []
         return [r for r in rows if r is not None], [t for t in tokens if t is not None]
 
+    def _kept_output(self, linear: nn.Module, x: Tensor) -> Tensor:
+        return self.placement.keep(linear(self.placement.fetch(x)))
+
     def _expert_weights(
         self, parameter: ExpertParameter, tokens: list[list[Tensor]], e: int, ratio: float | None
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Of all batches: which tokens of expert e are counted, and their weights in the loss, (n,) fp32."""
+
+        assert self.masks is not None  # experts are looked for in the decoder alone
 
         def of_expert(masks: list[Tensor]) -> list[Tensor]:
             return [mask.flatten()[of_batch[e]] for mask, of_batch in zip(masks, tokens, strict=bool(tokens))]
@@ -196,14 +210,23 @@ class BlockCalibrator:
 
         alpha = self.settings.recipe.smooth_alpha
         if alpha is None:
-            statistic = group.row_map.tie(mean_abs(inputs, counted, self.ranks))
+            statistic = group.row_map.tie(mean_abs(inputs, counted, self.ranks, self.placement))
             scales = grid_scales(statistic, self.settings.n_grid)
         else:
-            scales = smooth_scales(max_abs(inputs, counted, self.ranks), list(candidates.values()), alpha)
+            peak = max_abs(inputs, counted, self.ranks, self.placement)
+            scales = smooth_scales(peak, list(candidates.values()), alpha)
         module = self.block.get_submodule(inspect)
         try:
             found = search_scale(
-                module, examples, scales, candidate, loss=self.settings.loss, choose=alpha is None, ranks=self.ranks
+                module,
+                examples,
+                scales,
+                candidate,
+                loss=self.settings.loss,
+                choose=alpha is None,
+                ranks=self.ranks,
+                placement=self.placement,
+                at_once=self._scales_at_once(list(candidates.values())),
             )
         except ValueError as error:
             raise ValueError(f"{self.name}, group {', '.join(group.linears)}: {error}") from error
@@ -222,6 +245,12 @@ class BlockCalibrator:
             loss=found.losses[found.index],
             sensitivity=self.ratios[group.measured_at],
         )
+
+    def _scales_at_once(self, weights: list[Tensor]) -> int:
+        """How many scales are tried on one example: while examples come from the host, as many as two blocks hold."""
+        if self.placement.device is None:
+            return 1
+        return max(1, 2 * sum(p.nbytes for p in self.block.parameters()) // sum(w.nbytes for w in weights))
 
     def _shown(self, linears: Sequence[str]) -> list[str]:
         """All experts of a parameter by its name."""
@@ -250,12 +279,13 @@ class BlockCalibrator:
             )
             with hooked(handles):
                 self._call(stream, distorted).run(self.block, parameters)
-            seen.append(recorder)
+            seen.append(recorder.kept(self.placement))
         return seen
 
     def _call(self, stream: BlockStream, distorted: bool) -> ModuleCall:
-        hidden = stream.distorted if distorted and stream.distorted is not None else stream.hidden
-        return stream.call(self.index, hidden)
+        if distorted and stream.distorted is not None:
+            return (stream.behind or stream).call(self.index, stream.distorted)
+        return stream.call(self.index, stream.hidden)
 
     def _served_so_far(self) -> dict[str, Tensor]:
         return self.served_parameters() if self.scalings else {}
@@ -303,8 +333,10 @@ class BlockCalibrator:
         for stream in self.streams:
             if self.settings.propagate_error:
                 distorted = self._call(stream, distorted=True).run(self.block, served)
-                stream.distorted = stream.between(self.index + 1, distorted)
-            stream.hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
+                distorted = (stream.behind or stream).between(self.index + 1, distorted)
+                stream.distorted = self.placement.keep(distorted)
+            hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
+            stream.hidden = self.placement.keep(hidden)
 
 
 class Seen:
@@ -323,34 +355,38 @@ class Seen:
     def record_output(self, module: nn.Module, args: Any, output: Any) -> None:
         self.x = output
 
+    def kept(self, placement: Placement) -> Seen:
+        self.call = self.call.map_tensors(placement.keep)
+        self.output, self.x = placement.keep((self.output, self.x))
+        return self
+
 
 def _num_weighed(weights: list[Tensor]) -> int:
     return sum(int((w != 0).sum()) for w in weights)
 
 
-def mean_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE) -> Tensor:
+def mean_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE, placement: Placement = HERE) -> Tensor:
     """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
 
     inputs, counted: of the batches that this rank runs.
     """
-    selected = _counted_tokens(inputs, counted)
+    selected = _counted_tokens(inputs, counted, placement)
     found = ranks.gather([(x.abs().sum(0, dtype=torch.float32), len(x)) for x in selected])
     return torch.stack([total for total, _ in found]).sum(0) / sum(number for _, number in found)
 
 
-def max_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE) -> Tensor:
+def max_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE, placement: Placement = HERE) -> Tensor:
     """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches, as `mean_abs`."""
-    selected = _counted_tokens(inputs, counted)
+    selected = _counted_tokens(inputs, counted, placement)
     found = ranks.gather([x.abs().amax(0) if len(x) else x.new_zeros(x.shape[-1]) for x in selected])
     return torch.stack(found).amax(0).float()
 
 
-def _counted_tokens(inputs: list[Tensor], counted: list[Tensor]) -> list[Tensor]:
-    """(tokens, in_features) a batch.
+def _counted_tokens(inputs: list[Tensor], counted: list[Tensor], placement: Placement) -> Iterator[Tensor]:
+    """(tokens, in_features) a batch, where it is computed with.
 
     Of another sequence than the text (the image that cross-attention reads) every token counts.
     """
-    return [
-        x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)
-        for x, mask in zip(inputs, counted, strict=True)
-    ]
+    for x, mask in zip(inputs, counted, strict=True):
+        x, mask = placement.fetch((x, mask))
+        yield x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)

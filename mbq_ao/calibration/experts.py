@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from mbq_ao.calibration.batch import CalibrationBatch
-from mbq_ao.calibration.capture import forward, hooked
-from mbq_ao.calibration.residency import computing_on
+from mbq_ao.calibration.capture import forward, hooked, last_positions
+from mbq_ao.calibration.residency import Placement, computing_on
 from mbq_ao.calibration.validate import owners_of_parameters
 
 _PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.__matmul__, Tensor.mm, Tensor.bmm)
@@ -251,7 +251,7 @@ def _watch(
     before = (owner.register_forward_pre_hook(enter) for owner in owners)
     after = (owner.register_forward_hook(leave) for owner in owners)
     with computing_on(device, model, blocks.values()), hooked(chain(before, after)), watch:
-        forward(model, batch, logits_to_keep=1)
+        forward(model, batch.on(Placement(device)), logits_to_keep=last_positions(batch, 1))
 
 
 def _run_eagerly(owner: nn.Module, stack: ExitStack) -> None:

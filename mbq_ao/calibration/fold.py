@@ -6,7 +6,7 @@ The consumers' columns are multiplied by s; the division is moved into whatever 
 
     fold               the producer                       becomes
     "weight"           norm(h) * weight (+ bias)          weight / s, bias / s
-    "one_plus_weight"  norm(h) * (1 + weight)             (1 + weight) / s - 1       (Gemma)
+    "one_plus_weight"  norm(h) * (1 + weight) (+ bias)    (1 + weight) / s - 1, bias / s       (Gemma, Nemotron)
     "rows"             linear: rows that feed x           row / s, its bias / s
     None               nothing can take it                x / s stays an activation scale, on the quantized
                                                           tensor (`act_pre_scale` = 1 / s)
@@ -103,8 +103,12 @@ class Scaling:
     s: Tensor
 
 
-def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str, Tensor]:
+def folded_parameters(
+    block: nn.Module, scalings: Iterable[Scaling], *, vectors_only: bool = False
+) -> dict[str, Tensor]:
     """The block's parameters after folding, as new tensors: name -> value, only what changes.
+
+    vectors_only: leave out the matrices.
 
     Scalings are applied in order, as one parameter may change twice (v_proj: columns, then rows).
     Groups without a producer change nothing here: their linears get W diag(s) and `act_pre_scale`
@@ -114,6 +118,8 @@ def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str
 
     def apply(name: str, fn: object) -> None:
         value = changed[name] if name in changed else block.get_parameter(name).detach()
+        if vectors_only and value.ndim > 1:
+            return
         changed[name] = fn(value.to(_compute_dtype(value))).to(value.dtype)  # type: ignore[operator]
 
     for scaling in scalings:
@@ -131,10 +137,9 @@ def folded_parameters(block: nn.Module, scalings: Iterable[Scaling]) -> dict[str
             )
             if has_bias:
                 apply(f"{group.producer}.bias", lambda b, r=r, g=group: _divide_rows(b, r, g.row_map.offset))
-        elif group.fold == "one_plus_weight":
-            apply(f"{group.producer}.weight", lambda w, s=s: (1 + w) / s - 1)
-        elif group.fold == "weight":
-            apply(f"{group.producer}.weight", lambda w, s=s: w / s)
+        elif group.fold in ("weight", "one_plus_weight"):
+            added = 1 if group.fold == "one_plus_weight" else 0
+            apply(f"{group.producer}.weight", lambda w, s=s, added=added: (added + w) / s - added)
             if has_bias:
                 apply(f"{group.producer}.bias", lambda b, s=s: b / s)
         else:

@@ -1,8 +1,10 @@
 """MBQ, modality-balanced quantization: the main job, top to bottom. Start reading at `calibrate`.
 
-    find the blocks -> show experts as linears -> run the model once, record how each block is called
-    -> find the scale groups -> measure how sensitive the loss is to each modality
-    -> for each block and group: search the scale, plan the fold, quantize
+    find the blocks: the decoder's layers and, before them, what `targets` adds (stacks.py)
+    -> show experts as linears
+    -> for each stack of blocks: run the model once, record how each block is called
+       -> find the scale groups -> in the decoder, measure how sensitive the loss is to each modality
+       -> for each block and group: search the scale, plan the fold, quantize
     -> check that folding alone leaves the logits unchanged -> put the plan into the model
 
 Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", arXiv 2412.19509.
@@ -13,7 +15,7 @@ so a failure or Ctrl-C at any point leaves the model as it was; with a work_dir 
 The price is that the packed weights lie beside the original ones until the end: 3.25 bits a weight for w3a16 at group
 size 128, 4 for w4a8.
 
-Memory beyond the model (and `device`), at the peak at most:
+Memory beyond the model, at the peak at most, where everything is computed where it lies (device=None):
 
     the packed weights of all blocks
     + 3.5 fp32 copies of one block: it is copied to be probed, and folded or fake-quantized beside that
@@ -22,8 +24,12 @@ Memory beyond the model (and `device`), at the peak at most:
     + in a mixture of experts 3.5 times the inputs of one parameter's experts: tokens, times experts a token, times its
       in_features
 
-(measured in test/calibration/test_memory.py). The sensitivity pass needs less: one hidden state a block and the
-activations of one block for one batch at a time, no weight gradients; and logits of the answers only.
+(measured in test/calibration/test_memory.py). Of several stacks one at a time counts, with its own tokens. The
+sensitivity pass needs less: one hidden state a block and the activations of one block for one batch at a time, no
+weight gradients; and logits of the answers only.
+
+With another `device` all of that lies on the host, and the device holds one block and the activations of one batch or
+chunk: its peak depends neither on the number of blocks nor on that of samples. calibration/memory.py has the formula.
 """
 
 from __future__ import annotations
@@ -37,7 +43,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from tqdm.auto import tqdm
 
 from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
@@ -46,52 +51,18 @@ from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
 from mbq_ao.calibration.experts import ExpertParameter, experts_as_linears, routers_of
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
 from mbq_ao.calibration.logits_check import check_logits
+from mbq_ao.calibration.plan import Plan
 from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import CalibrationReport, ExpertsReport, GroupReport
-from mbq_ao.calibration.residency import computing_on, resident_on
+from mbq_ao.calibration.residency import Placement, computing_on, resident_on
 from mbq_ao.calibration.scale_groups import BlockProber
+from mbq_ao.calibration.selection import linears_beside, selected_linears
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
 from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
 from mbq_ao.calibration.shared_store import SharedStore, agree
+from mbq_ao.calibration.stacks import Beside, Stack, capture_passes, find_stacks, listed_blocks, other_weights
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
-from mbq_ao.calibration.work_dir import State, Store, describe_data, describe_run, tensor_text
-
-
-@dataclass
-class Plan:
-    """New parameters for some modules, to be set all at once."""
-
-    parameters: list[tuple[nn.Module, str, Tensor]] = field(default_factory=list)
-
-    def apply(self, model: nn.Module, device: torch.device | None = None, ranks: Ranks = ALONE) -> None:
-        """Set every parameter and move the model to `device` (None: leave it where it is), on all ranks, or do nothing.
-
-        An exception in between (out of memory, Ctrl-C) puts the old parameters back, where they were.
-        Raises ValueError if other ranks have other parameters.
-        """
-        names = {module: name for name, module in model.named_modules()}
-        agree(
-            ranks,
-            lambda: {f"{names[module]}.{name}": tensor_text(value) for module, name, value in self.parameters},
-            "their devices or options differ (`vision`?); nothing was set",
-        )
-        homes = [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
-        tables = [(table, dict(table)) for m in model.modules() for table in (m._parameters, m._buffers)]
-        try:
-            for module, name, value in self.parameters:
-                before = module._parameters[name]
-                trainable = before is not None and before.requires_grad and not is_traceable_wrapper_subclass(value)
-                module._parameters[name] = nn.Parameter(value, requires_grad=trainable)
-            if device is not None:
-                model.to(device)
-            ranks.each(None)  # raises unless all have come this far
-        except BaseException:
-            for table, entries in tables:
-                table.update(entries)
-            for tensor, data in homes:
-                if not is_traceable_wrapper_subclass(tensor):  # `Module.to` makes new parameters of those
-                    tensor.data = data
-            raise
+from mbq_ao.calibration.work_dir import State, Store, describe_data, describe_run
 
 
 def calibrate(
@@ -105,9 +76,9 @@ def calibrate(
     store: Store | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[Plan, CalibrationReport]:
-    """Find the scales and quantize every selected linear of the decoder, without changing the model.
+    """Find the scales and quantize every selected linear, without changing the model.
 
-    device: where to compute; the decoder layers are copied there one at a time. None: where they are.
+    device: where to compute; the blocks (decoder layers) are copied there one at a time. None: where they are.
     store: remembers finished steps, see `open_work_dir`; None: nothing does.
     ranks: who shares the work; rank 0 shows the progress and uses the store.
     """
@@ -117,12 +88,13 @@ def calibrate(
             "mbq_config needs gradients of the activations, which torch.inference_mode() rules out; call quantize_ "
             "outside of it (torch.no_grad() is fine)"
         )
-    check_model(model)
-    blocks = find_blocks(model, settings.blocks)
-    batches = collect_batches(model, calib_data, device)
-    with evaluating(model), experts_as_linears(model, blocks, batches, device) as experts:
+    check_model(model, device)
+    layers = find_blocks(model, settings.blocks)
+    placement = Placement.of(model, device)
+    batches = collect_batches(model, calib_data, placement.host)
+    with evaluating(model), experts_as_linears(model, layers, batches, placement.device) as experts:
         plan, report = _calibrate(
-            model, blocks, experts, batches, settings, filter_fn, device, progress, store or Store(), ranks
+            model, layers, experts, batches, settings, filter_fn, placement, progress, store or Store(), ranks
         )
     report.seconds = time.perf_counter() - begin
     return plan, report
@@ -130,67 +102,160 @@ def calibrate(
 
 def _calibrate(
     model: nn.Module,
-    blocks: Mapping[str, nn.Module],
+    layers: dict[str, nn.Module],
     experts: Mapping[str, list[ExpertParameter]],
     batches: list[CalibrationBatch],
     settings: CalibrationSettings,
     filter_fn: Callable[[nn.Module, str], bool] | None,
-    device: torch.device | None,
+    placement: Placement,
     progress: bool,
     store: Store,
     ranks: Ranks,
 ) -> tuple[Plan, CalibrationReport]:
-    routers = {name: routers_of(block, experts[name]) for name, block in blocks.items()}
-    selected = _selected_linears(blocks, experts, routers, filter_fn)
+    first_layer, targets = next(iter(layers.values())), settings.targets
+    linears = linears_beside(model, layers, targets, filter_fn)
+    routers = {name: routers_of(block, experts[name]) for name, block in layers.items()}
+    selected = selected_linears(layers, experts, routers, targets, filter_fn, linears)
+    decoder = Stack(layers, selected, step="block_", experts=experts, routers=routers)
     owners = owners_of_parameters(model)
-    check_linears(selected, owners)
+    check_linears({"": linears, **selected}, owners)
     ranks.split([batch.num_tokens for batch in batches])
-    own, progress = ranks.mine(batches), progress and ranks.is_first
+    progress = progress and ranks.is_first
     store = store if ranks.size == 1 else SharedStore(ranks, store)
-    store.check(lambda: describe_run(model, batches, settings, selected, progress=progress))
+    agree(ranks, lambda: dict.fromkeys(linears, ""), "call quantize_ with the same targets and filter_fn on each")
+    store.check(lambda: describe_run(model, batches, settings, selected, device=placement.device, progress=progress))
 
-    with computing_on(device, model, blocks.values()):
-        streams = capture_streams(model, blocks, own)
-        find = partial(find_groups, owners, blocks, streams, settings, selected, device)
-        groups = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
-        masks = Masks.of(batches, settings.recipe)
-        balance = settings.balance and any(b.vision.any() for b in batches)
+    work, beside = _Work(model, batches, settings, owners, placement, store, progress), Beside()
+    report = work.report
+    with computing_on(placement.device, model, [*layers.values(), *listed_blocks(model, linears).values()]):
+        if linears:
+            beside = find_stacks(model, linears, first_layer, batches, targets, ranks, placement)
+        for stack in beside.stacks:
+            passes = ranks.of_parts(stack.passes)
+            capture = partial(capture_passes, model, stack, batches, first_layer, passes, placement)
+            work.calibrate(stack, capture, None, passes)
+        work.round({name: linears[name] for name in beside.rounded})
+        if any(selected.values()):
+            capture = partial(capture_streams, model, layers, ranks.mine(batches), placement)
+            work.calibrate(decoder, capture, Masks.of(batches, settings.recipe), ranks)
+        outputs = [list(stack.blocks)[-1] for stack in beside.stacks]
+        seeing = [batch for i, batch in enumerate(batches) if any(stack.passes[i] for stack in beside.stacks)]
+        with report.timed("logits check"):
+            report.logits_error = check_logits(model, work.blocks, work.scalings, seeing or batches, placement, outputs)
+
+    report.rounded, report.left_alone = beside.rounded, beside.left_alone
+    _summarise(report, work.plan, work.stacks, work.groups)
+    if linears:
+        report.stacks = {stack.name: list(stack.blocks) for stack in work.stacks}
+    if targets == "decoder+vision":
+        report.not_quantized += other_weights(model, layers, beside)
+    report.calibration = describe_data(batches)
+    return work.plan, report
+
+
+@dataclass
+class _Work:
+    """What all stacks of one calibration have in common, and what was found for those that are done."""
+
+    model: nn.Module
+    batches: list[CalibrationBatch]
+    settings: CalibrationSettings
+    owners: Mapping[nn.Parameter, list[str]]
+    placement: Placement
+    store: Store
+    progress: bool
+    plan: Plan = field(default_factory=Plan)
+    report: CalibrationReport = field(default_factory=lambda: CalibrationReport(settings={}))
+    stacks: list[Stack] = field(default_factory=list)
+    blocks: dict[str, nn.Module] = field(default_factory=dict)
+    groups: dict[str, list[ScaleGroup]] = field(default_factory=dict)
+    scalings: dict[str, list[Scaling]] = field(default_factory=dict)
+
+    def calibrate(
+        self, stack: Stack, capture: Callable[[], list[BlockStream]], masks: Masks | None, ranks: Ranks
+    ) -> None:
+        """Search the scales of a stack and plan its new parameters, block by block.
+
+        masks: of the text's tokens. None beside the decoder: all tokens count alike there, as none is an answer, and
+        `scale_groups`, whose names are a decoder layer's, are not meant. ranks: who shares what `capture` returns.
+        """
+        model, blocks, selected, report = self.model, stack.blocks, stack.selected, self.report
+        store, placement, progress = self.store, self.placement, self.progress
+        settings = replace(self.settings, scale_groups=None) if masks is None else self.settings
+        # What the search depends on beyond the fingerprint, which knows the decoder's linears only.
+        chosen = [] if masks is not None else [{name: list(linears) for name, linears in selected.items()}]
+        with report.timed("capture"):
+            streams = capture()
+            if settings.propagate_error and self.plan.parameters:
+                chosen.append({name: list(linears) for done in self.stacks for name, linears in done.selected.items()})
+                with self.plan.in_place():
+                    for stream, behind in zip(streams, capture(), strict=True):
+                        stream.start_behind(behind)
+        with report.timed("scale groups"):
+            find = partial(find_groups, self.owners, blocks, streams, settings, selected)
+            groups, not_called = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
+        selected = {b: {n: m for n, m in ms.items() if n not in not_called[b]} for b, ms in selected.items()}
+        stack = replace(stack, selected=selected)
         raw_ratios: dict[ModuleName, float] = {}
-        if balance:
+        if masks is not None and settings.balance and any(b.vision.any() for b in self.batches):
             inspected = list(dict.fromkeys((name, g.measured_at) for name, gs in groups.items() for g in gs))
-            measure = partial(_measure, model, blocks, inspected, own, ranks.mine(masks.answer), ranks, progress)
-            state = store.once("sensitivity", measure, follows_from=inspected)
+            own, answers = ranks.mine(self.batches), ranks.mine(masks.answer)
+            measure = partial(_measure, model, blocks, inspected, own, answers, ranks, placement, progress)
+            with report.timed("sensitivity"):
+                state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
         ratios = floor_at_median(raw_ratios)
 
-        plan, report = Plan(), CalibrationReport(settings={})
-        all_scalings: dict[str, list[Scaling]] = {}
-        bar = tqdm(blocks.items(), desc="scale search", disable=not progress)
+        where = "" if masks is not None else f", {stack.name}"
+        bar = tqdm(blocks.items(), desc=f"scale search{where}", disable=not progress)
         for index, (name, block) in enumerate(bar):
+            block_began = time.perf_counter()
             block_ratios = {g.measured_at: ratios.get((name, g.measured_at)) for g in groups[name]}
-            with resident_on(device, block):
+            with resident_on(placement.device, block):
                 worker = BlockCalibrator(
-                    name, block, index, streams, masks, settings, block_ratios, selected[name], experts[name], ranks
+                    name,
+                    block,
+                    index,
+                    streams,
+                    masks,
+                    settings,
+                    block_ratios,
+                    selected[name],
+                    stack.experts.get(name, []),
+                    ranks,
+                    placement,
                 )
                 search = partial(_search, worker, groups[name], raw_ratios)
-                state = store.once(f"block_{index:04}", search, follows_from=(name, groups[name], block_ratios))
+                follows_from = (name, groups[name], block_ratios, *chosen)
+                state = store.once(f"{stack.step}{index:04}", search, follows_from=follows_from)
                 worker.use(groups[name], state.tensors)
-                plan.parameters += worker.plan()
+                self.plan.parameters += [(module, n, placement.keep(value)) for module, n, value in worker.plan()]
                 if index + 1 < len(blocks):
                     worker.advance()
             reports = [GroupReport(**record) for record in state.record["groups"]]
             report.experts += [ExpertsReport(**record) for record in state.record["experts"]]
             report.num_resumed += state.resumed
             report.groups += reports
-            all_scalings[name] = worker.scalings
+            report.block_seconds[name] = time.perf_counter() - block_began
+            self.scalings[name] = [Scaling(scaling.group, placement.keep(scaling.s)) for scaling in worker.scalings]
             if reports:
                 loss_rtn, loss = (sum(getattr(r, f) for r in reports) for f in ("loss_rtn", "loss"))
                 bar.set_postfix_str(f"loss {loss_rtn:.3g} -> {loss:.3g}")
-        report.logits_error = check_logits(model, blocks, all_scalings, batches)
+        self.stacks.append(stack)
+        self.blocks |= blocks
+        self.groups |= groups
 
-    _summarise(report, plan, blocks, experts, routers, groups, selected)
-    report.calibration = describe_data(batches)
-    return plan, report
+    def round(self, linears: Mapping[str, nn.Linear]) -> None:
+        """Plan weights by plain rounding."""
+        for name, linear in linears.items():
+            with resident_on(self.placement.device, linear):
+                try:
+                    weight = self.settings.quantizer.quantize(linear.weight.detach(), None)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from error
+            self.plan.parameters.append((linear, "weight", self.placement.keep(weight)))
+            self.report.num_linears += 1
+            self.report.nbytes_before += linear.weight.numel() * linear.weight.element_size()
 
 
 def _measure(
@@ -200,11 +265,19 @@ def _measure(
     batches: list[CalibrationBatch],
     answer_masks: list[Tensor],
     ranks: Ranks,
+    placement: Placement,
     progress: bool,
 ) -> State:
     with tqdm(total=len(batches), desc="modality sensitivity", disable=not progress, leave=False) as bar:
         raw = modality_sensitivity(
-            model, blocks, inspected, batches, answer_masks=answer_masks, on_batch=bar.update, ranks=ranks
+            model,
+            blocks,
+            inspected,
+            batches,
+            answer_masks=answer_masks,
+            on_batch=bar.update,
+            ranks=ranks,
+            placement=placement,
         )
     return State([[block, name, r] for (block, name), r in raw.items()])
 
@@ -223,35 +296,35 @@ def find_groups(
     streams: list[BlockStream],
     settings: CalibrationSettings,
     selected: Mapping[str, dict[str, nn.Linear]],
-    device: torch.device | None,
-) -> dict[str, list[ScaleGroup]]:
-    """The scale groups of every block; blocks of the same structure are probed once.
+) -> tuple[dict[str, list[ScaleGroup]], dict[str, list[str]]]:
+    """The scale groups of every block, and its linears that must stay, see `read_past_forward`.
 
+    Blocks of the same structure are probed once.
     owners: of each parameter of the model. One that other modules own as well is never folded. Raises ValueError
     if a group of `settings.scale_groups` asks for it.
     """
     _check_disjoint(settings.scale_groups or ())
     stream = min(streams, key=_probing_cost)
-    known: dict[tuple[Any, ...], list[ScaleGroup]] = {}
-    result = {}
+    known: dict[tuple[Any, ...], tuple[list[ScaleGroup], list[str]]] = {}
+    result, not_called = {}, {}
     for index, (name, block) in enumerate(blocks.items()):
         signature = (
             type(block),
             tuple((n, type(m), getattr(getattr(m, "weight", None), "shape", None)) for n, m in block.named_modules()),
         )
         if signature not in known:
-            call = stream.call(index, stream.between(index, stream.hidden))
-            with resident_on(device, block):
-                prober = BlockProber(block, call)
+            prober = BlockProber(block, stream.call(index, stream.between(index, stream.hidden)))
             given = settings.scale_groups
-            known[signature] = prober.find_all() if given is None else [prober.complete(group) for group in given]
-        found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in known[signature]]
+            found = prober.find_all() if given is None else [prober.complete(group) for group in given]
+            known[signature] = found, prober.read_past_forward()
+        groups, not_called[name] = known[signature]
+        found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in groups]
         result[name] = [
             group
             for group in found
             if _is_scaled(group, block, settings.recipe) and any(n in selected[name] for n in group.linears)
         ]
-    return result
+    return result, not_called
 
 
 def _probing_cost(stream: BlockStream) -> float:
@@ -307,60 +380,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _selected_linears(
-    blocks: Mapping[str, nn.Module],
-    experts: Mapping[str, list[ExpertParameter]],
-    routers: Mapping[str, list[str]],
-    filter_fn: Callable[[nn.Module, str], bool] | None,
-) -> dict[str, dict[str, nn.Linear]]:
-    """Block name -> {name in the block: linear to be quantized}.
-
-    Of experts in one parameter all or none: filter_fn gets the first of them, and the parameter's name.
-    """
-    passing: dict[str, dict[str, nn.Linear]] = {name: {} for name in blocks}
-    names = []
-    for block_name, block in blocks.items():
-        parameter_of = {n: e.name for e in experts[block_name] for n in e.linear_names()}
-        passes: dict[str, bool] = {}
-        for name, module in block.named_modules():
-            if isinstance(module, nn.Linear) and name not in routers[block_name]:
-                shown = parameter_of.get(name, name)
-                if shown not in passes:
-                    names.append(f"{block_name}.{shown}")
-                    passes[shown] = filter_fn is None or filter_fn(module, names[-1])
-                if passes[shown]:
-                    passing[block_name][name] = module
-    if not any(passing.values()):
-        raise ValueError(
-            f"nothing to quantize: none of the {len(names)} nn.Linear in the {len(blocks)} decoder layers passes "
-            f"filter_fn; it is given names like {names[0]!r}"
-            if names
-            else f"nothing to quantize: the {len(blocks)} decoder layers have no nn.Linear; pass blocks=[...]"
-        )
-    return passing
-
-
 def _summarise(
-    report: CalibrationReport,
-    plan: Plan,
-    blocks: Mapping[str, nn.Module],
-    experts: Mapping[str, list[ExpertParameter]],
-    routers: Mapping[str, list[str]],
-    groups: Mapping[str, list[ScaleGroup]],
-    selected: Mapping[str, dict[str, nn.Linear]],
+    report: CalibrationReport, plan: Plan, stacks: Sequence[Stack], groups: Mapping[str, list[ScaleGroup]]
 ) -> None:
     report.nbytes_after = sum(v.quantized_nbytes() for _, _, v in plan.parameters if hasattr(v, "quantized_nbytes"))
-    for block_name, block in blocks.items():
-        parameter_of = {n: e.name for e in experts[block_name] for n in e.linear_names()}
+    for stack, block_name in [(of, name) for of in stacks for name in of.blocks]:
+        block = stack.blocks[block_name]
+        selected, routers = stack.selected[block_name], stack.routers.get(block_name, [])
+        parameter_of = {n: e.name for e in stack.experts.get(block_name, ()) for n in e.linear_names()}
         weights = {name.removesuffix(".weight"): p for name, p in block.named_parameters() if p.ndim >= 2}
         scaled = {name for group in groups[block_name] for name in group.linears}
+        named = {*selected, *routers, *(n.removeprefix(f"{block_name}.") for n in report.left_alone)}
         left = {
-            "not_scaled": [n for n in selected[block_name] if n not in scaled],
-            "not_quantized": [n for n in weights if n not in selected[block_name] and n not in routers[block_name]],
-            "routers": routers[block_name],
+            "not_scaled": [n for n in selected if n not in scaled],
+            "not_quantized": [n for n in weights if n not in named],
+            "routers": routers,
         }
         for field_name, names in left.items():
             shown = dict.fromkeys(parameter_of.get(n, n) for n in names)
             getattr(report, field_name).extend(f"{block_name}.{n}" for n in shown)
-        report.num_linears += len(selected[block_name])
-        report.nbytes_before += sum(m.weight.numel() * m.weight.element_size() for m in selected[block_name].values())
+        report.num_linears += len(selected)
+        report.nbytes_before += sum(m.weight.numel() * m.weight.element_size() for m in selected.values())

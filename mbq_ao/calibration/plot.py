@@ -16,7 +16,10 @@ _COLORS = ("#2a6fbb", "#e07b39", "#3a9d6e", "#8a5fb0", "#c24d63", "#7d7d7d")
 
 
 def plot_report(report: CalibrationReport) -> Figure:
-    """Left: r by layer and group. Right: search loss over that of plain rounding (1 = no gain)."""
+    """Left: r by layer and group. Right: search loss over that of plain rounding (1 = no gain).
+
+    Of several stacks (`targets`) the last one is shown, the decoder.
+    """
     try:
         import matplotlib.pyplot as plt
         from matplotlib.figure import Figure
@@ -42,9 +45,11 @@ def plot_report(report: CalibrationReport) -> Figure:
 
 def _by_group(report: CalibrationReport) -> dict[str, list[tuple[int, GroupReport]]]:
     """Groups with the same linears, with the number of their block."""
-    order = {block: i for i, block in enumerate(dict.fromkeys(g.block for g in report.groups))}
+    shown = report.last_stack() if report.stacks else [g.block for g in report.groups]
+    groups = [g for g in report.groups if g.block in shown]
+    order = {block: i for i, block in enumerate(dict.fromkeys(g.block for g in groups))}
     series: dict[str, list[tuple[int, GroupReport]]] = {}
-    for group in experts_together(report.groups):
+    for group in experts_together(groups):
         label = ", ".join(name.rpartition(".")[2] for name in group.linears)
         series.setdefault(label, []).append((order[group.block], group))
     return series

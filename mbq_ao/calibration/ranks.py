@@ -52,6 +52,10 @@ class Ranks:
         """
         return values
 
+    def of_parts(self, numbers: Sequence[int]) -> Ranks:
+        """The same ranks, where not batches are shared out but their parts, so many of each; at least one in all."""
+        return self
+
     def each(self, value: T) -> list[T]:
         """The value of every rank, in their order.
 
@@ -93,6 +97,9 @@ class SeveralRanks(Ranks):
         # no time and spares everyone the question of what follows from no batch.
         return own or [values[0]]
 
+    def of_parts(self, numbers: Sequence[int]) -> Ranks:
+        return _Parts(self, numbers)
+
     def gather(self, values: list[T]) -> list[T]:
         device = next((leaf.device for leaf in tree_leaves(values) if isinstance(leaf, Tensor)), None)
         by_rank = [iter(part) for part in self.each(tree_map_only(Tensor, lambda t: t.cpu(), values))]
@@ -130,6 +137,17 @@ class SeveralRanks(Ranks):
                     dist.all_gather_object([None] * self.size, (word, None), group=self.group)
         finally:
             dist.destroy_process_group(self.group)
+
+
+class _Parts(SeveralRanks):
+    """The ranks of batches, as ranks of their parts. Who has a batch has its parts."""
+
+    def __init__(self, ranks: SeveralRanks, numbers: Sequence[int]) -> None:
+        self.ranks, self.rank, self.size, self.is_first = ranks, ranks.rank, ranks.size, ranks.is_first
+        self.owners = [owner for owner, number in zip(ranks.owners, numbers, strict=True) for _ in range(number)]
+
+    def each(self, value: T) -> list[T]:
+        return self.ranks.each(value)
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -77,10 +80,15 @@ class CalibrationReport:
     routers: what chooses or weighs experts, always left as it is, as it is small and every token's way depends on it.
     experts: one record a module of experts: how many tokens each got; those that got none are not calibrated.
     vision: linears of the vision tower that were rounded without calibration.
+    stacks: with `targets`, the blocks of each stack that was calibrated, the decoder's layers last; else empty.
+    rounded, left_alone: with `targets`, linears that were rounded without calibration, and those that stay as they
+        are, and why.
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     num_linears, nbytes_before, nbytes_after: the calibrated linears (each expert is one), and bytes of their weights.
     calibration: number of calibration batches and their sha256.
-    seconds: of this call. num_resumed: decoder layers whose scales an earlier call had left in work_dir.
+    seconds: of this call. stage_seconds: of its stages before and after the decoder layers. block_seconds: of every
+        decoder layer, its search, quantization, and the step to the next one.
+    num_resumed: blocks whose scales an earlier call had left in work_dir.
     """
 
     settings: dict[str, Any]
@@ -96,10 +104,30 @@ class CalibrationReport:
     nbytes_after: int = 0
     calibration: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    block_seconds: dict[str, float] = field(default_factory=dict)
     num_resumed: int = 0
+    stacks: dict[str, list[str]] = field(default_factory=dict)
+    rounded: dict[str, str] = field(default_factory=dict)
+    left_alone: dict[str, str] = field(default_factory=dict)
 
     def records(self) -> list[dict[str, Any]]:
         return [asdict(group) for group in self.groups]
+
+    def seconds_per_block(self) -> float:
+        """The median over the decoder layers."""
+        return median(self.block_seconds[block] for block in self.last_stack()) if self.block_seconds else 0.0
+
+    def last_stack(self) -> list[str]:
+        """The blocks that were calibrated last: the decoder's layers, if any of their linears was to be."""
+        return [*self.stacks.values()][-1] if self.stacks else list(self.block_seconds)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the time inside to `stage_seconds`."""
+        began = time.perf_counter()
+        yield
+        self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + time.perf_counter() - began
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The whole report as JSON; written to `path` as well if one is given."""
@@ -131,6 +159,10 @@ class CalibrationReport:
             )
             for row in [header, tuple("-" * w for w in widths), *rows]
         ]
+        first_row = {group.block: i for i, group in reversed(list(enumerate(groups, start=2)))}
+        for stack, blocks in reversed(self.stacks.items()):
+            starts = [first_row[block] for block in blocks if block in first_row]
+            lines[min(starts, default=0) : 0] = [f"[{stack}]"] if starts else []
         lines.append(self.summary())
         return "\n".join(line.rstrip() for line in lines)
 
@@ -139,10 +171,15 @@ class CalibrationReport:
         megabyte = 1e6
         ratio = self.nbytes_before / self.nbytes_after if self.nbytes_after else float("nan")
         gains = [1 - g.loss / g.loss_rtn for g in experts_together(self.groups) if g.loss_rtn]
+        stages = [f"{stage} {seconds:.1f} s" for stage, seconds in self.stage_seconds.items()]
+        if self.block_seconds:
+            stages.append(f"{self.seconds_per_block():.1f} s a layer")
+        timing = f" ({', '.join(stages)})" if stages else ""
         resumed = f", layers taken from work_dir: {self.num_resumed}" if self.num_resumed else ""
         lines = [
             f"{self.num_linears} linears: {self.nbytes_before / megabyte:.1f} MB -> "
-            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), calibrated in {self.seconds:.0f} s{resumed}"
+            f"{self.nbytes_after / megabyte:.1f} MB ({ratio:.1f}x smaller), "
+            f"calibrated in {self.seconds:.0f} s{timing}{resumed}"
         ]
         if gains:
             gain = sum(gains) / len(gains)
@@ -162,6 +199,9 @@ class CalibrationReport:
             lines.append(
                 f"vision tower: {len(self.vision)} linears rounded without calibration, {self.settings.get('vision')}"
             )
+        for found, what in ((self.rounded, "rounded without calibration"), (self.left_alone, "left as they are")):
+            for reason in dict.fromkeys(found.values()):
+                lines.append(f"{what} ({reason}): {some([name for name, why in found.items() if why == reason])}")
         if self.not_scaled:
             lines.append(f"rounded without a scale: {some(self.not_scaled)}")
         if self.not_quantized:

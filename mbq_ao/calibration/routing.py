@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 
 from mbq_ao.calibration.capture import ModuleCall, hooked
 from mbq_ao.calibration.experts import ExpertLinear, ExpertParameter
+from mbq_ao.calibration.residency import Placement
 
 _BASE, _NUM_DIGITS = 16, 6
 
@@ -40,6 +41,9 @@ class ExpertRows:
     x: list[Tensor]
     tokens: list[Tensor]
     share: list[Tensor]
+
+    def kept(self, placement: Placement) -> ExpertRows:
+        return ExpertRows(*placement.keep((self.x, self.tokens, self.share)))
 
 
 def common(first: ExpertRows, second: ExpertRows) -> tuple[ExpertRows, ExpertRows]:

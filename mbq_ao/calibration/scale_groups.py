@@ -34,6 +34,7 @@ from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.expert_groups import expert_parameters, find_expert_groups
 from mbq_ao.calibration.experts import ExpertLinear
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, folded_parameters
+from mbq_ao.calibration.residency import forget_residency
 
 _LEVELS = 64  # probe factors per digit: far enough apart to be told from rounding
 _TOLERANCE = 1e-3  # of the unfolded change; right folds are at 1e-6, wrong ones above 0.1
@@ -44,6 +45,8 @@ class Trace:
     """One forward of a block: leaf modules in the order of their calls, and the storages they read and wrote.
 
     num_rows: how many rows of a module's input are not zero.
+    called: names of all modules whose own forward ran; what merely holds others (ModuleDict), or is entered by
+        another method than its forward (Gemma 3n's AltUp), is not among them.
     """
 
     block: nn.Module
@@ -51,6 +54,7 @@ class Trace:
     reads: dict[str, int]
     writes: dict[str, int]
     num_rows: dict[str, int]
+    called: set[str]
 
     def linear_groups(self) -> list[tuple[str, ...]]:
         """Of all but experts, which read copies."""
@@ -63,7 +67,7 @@ class Trace:
 
     def before(self, name: str) -> list[str]:
         """The modules called before `name`, nearest first."""
-        return self.order[: self.order.index(name)][::-1]
+        return list(dict.fromkeys(self.order[: self.order.index(name)][::-1]))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -75,13 +79,13 @@ class _Reached(Exception):
 
 
 class BlockProber:
-    """Runs experiments on an fp32 copy of a block.
+    """Runs experiments on an fp32 copy of a block, on the device of its call.
 
     call: one call of the block with real hidden states of at least two tokens.
     """
 
     def __init__(self, block: nn.Module, call: ModuleCall) -> None:
-        self.block = copy.deepcopy(block).float().requires_grad_(False).eval()
+        self.block = _fp32_copy(block, call.hidden.device)
         self.call = call.map_tensors(lambda t: t.float() if t.is_floating_point() else t)
         self.trace, self.output = self._trace()
         self._unprobed: tuple[str, Tensor] | None = None  # a linear and its input, kept as it is asked for repeatedly
@@ -93,7 +97,7 @@ class BlockProber:
 
     @torch.no_grad()
     def _trace(self) -> tuple[Trace, Tensor]:
-        trace = Trace(self.block, [], {}, {}, {})
+        trace = Trace(self.block, [], {}, {}, {}, set())
         alive = []  # a freed storage's address may be given to another tensor
 
         def enter(name: str, args: tuple[Tensor, ...]) -> None:
@@ -110,6 +114,7 @@ class BlockProber:
 
         def hooks() -> Iterator[object]:
             for name, module in self.block.named_modules():
+                yield module.register_forward_pre_hook(lambda m, a, name=name: trace.called.add(name))
                 if isinstance(getattr(module, "weight", None), nn.Parameter) and not list(module.children()):
                     yield module.register_forward_pre_hook(lambda m, a, name=name: enter(name, a))
                     yield module.register_forward_hook(lambda m, a, y, name=name: leave(name, y))
@@ -195,7 +200,10 @@ class BlockProber:
             raise ValueError(f"{group} does not fit: {group.producer} has {num_rows} rows, x {num_channels} channels")
 
     def inspected(self, group: ScaleGroup) -> str:
-        """A single linear is compared itself if its input comes from a linear; else the module around the group."""
+        """A single linear is compared itself if its input comes from a linear; else the module around the group.
+
+        Always a module whose forward runs: only there is a call to be recorded and replayed.
+        """
         parents = [name.rpartition(".")[0].split(".") for name in group.linears]
         common = []
         for parts in zip(*parents, strict=False):
@@ -204,11 +212,27 @@ class BlockProber:
             common.append(parts[0])
         parent = ".".join(p for p in common if p)
         if len(group.linears) > 1:
+            while parent not in self.trace.called:
+                parent = parent.rpartition(".")[0]
             return parent
         only = group.linears[0]
         # The first linear of a module (a fused qkv_proj) stands for the module; a later one (o_proj) for itself.
         siblings = [n for n in self.trace.order if parent and n.startswith(parent + ".") and is_linear(self._module(n))]
-        return parent if parent and len(siblings) > 1 and siblings[0] == only else only
+        stands_for_it = len(siblings) > 1 and siblings[0] == only
+        return parent if stands_for_it and parent in self.trace.called else only
+
+    @torch.no_grad()
+    def read_past_forward(self) -> list[str]:
+        """The linears whose weight the block reads without calling them: a quantized weight might not do what it does.
+
+        (Mamba's dt_proj.) Linears that neither run nor are read, such as experts without a token, are not among them.
+        """
+        silent = [n for n, m in self.block.named_modules() if is_linear(m) and n not in self.trace.called]
+        return [name for name in silent if self._depends_on(name)] if silent and self._depends_on(*silent) else []
+
+    def _depends_on(self, *linears: str) -> bool:
+        without = {f"{name}.weight": torch.full_like(self._module(name).weight, torch.nan) for name in linears}
+        return not torch.equal(self.call.run(self.block, without), self.output)
 
     def _module(self, name: str) -> nn.Module:
         return self.block.get_submodule(name)
@@ -243,17 +267,10 @@ class BlockProber:
         elif weight.ndim == 1 and weight.numel() == num_channels:
             before = self._unprobed_input(linear)
             factors = torch.linspace(0.5, 1.5, num_channels, device=weight.device)
-            if getattr(module, "bias", None) is None:
-                trials = [
-                    ("weight", weight * factors, None),
-                    ("one_plus_weight", (1 + weight) * factors - 1, None),
-                ]
-            else:
-                trials = [("weight", weight * factors, module.bias * factors)]
-            for fold, probe, bias in trials:
+            for fold, probe in (("weight", weight * factors), ("one_plus_weight", (1 + weight) * factors - 1)):
                 changed = {f"{producer}.weight": probe}
-                if bias is not None:
-                    changed[f"{producer}.bias"] = bias
+                if getattr(module, "bias", None) is not None:
+                    changed[f"{producer}.bias"] = module.bias * factors
                 after = self.input_of(linear, changed)
                 if (after - before * factors).norm() <= _TOLERANCE * (after - before).norm():
                     yield replace(group, producer=producer, fold=fold)  # type: ignore[arg-type]
@@ -327,6 +344,20 @@ class BlockProber:
         with hooked([self._module(group.producer).register_forward_hook(perturb)]):
             after = self.input_of(group.linears[0], {})
         return not torch.equal(before[1:], after[1:])
+
+
+def _fp32_copy(block: nn.Module, device: torch.device) -> nn.Module:
+    """A copy on the device, of fp32 parameters that need no gradient; those that are all that already are shared."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.detach().to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+
+    # What the memo holds is not copied, so that no second copy in another dtype, or on another device, is made.
+    memo: dict[int, Tensor] = {id(p): nn.Parameter(copied(p), requires_grad=False) for p in block.parameters()}
+    memo |= {id(b): copied(b).clone() for b in block.buffers()}
+    result = copy.deepcopy(block, memo).eval()
+    forget_residency(result)
+    return result
 
 
 def _fit_row_map(row: Tensor, alive: Tensor, num_channels: int, num_rows: int) -> RowMap | None:

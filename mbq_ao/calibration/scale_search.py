@@ -14,6 +14,9 @@ weighted sum, so there is one loss function. In the balanced losses prompt text 
 The grid: s = mean|x|^(k / n_grid), normalised by sqrt(max s * min s), k = 0 .. n_grid - 1. k = 0 is
 s = 1, plain rounding; an equal loss does not replace an earlier one, so s = 1 stays where nothing is better.
 
+Every scale is tried on all tokens. To leave a scale once its sum exceeds the best one's would choose the same, but on
+the demo model it would spare 12% of the forwards (W4A8: 21%), less what waiting for every sum and fewer losses cost.
+
 SmoothQuant (Xiao et al., arXiv 2211.10438) does not search: s = max|x|^alpha / max|W|^(1 - alpha), by channel. It goes
 the same way with two scales to try, s = 1 and its own, of which the last is taken.
 """
@@ -31,9 +34,10 @@ from torch.utils._pytree import tree_leaves
 
 from mbq_ao.calibration.capture import ModuleCall
 from mbq_ao.calibration.ranks import ALONE, Ranks
+from mbq_ao.calibration.residency import HERE, Placement
 
 Loss = Literal["mae", "mse"]
-_CHUNK_TOKENS = 8192  # tokens a tokenwise module gets at once: bounds its activations at any calibration size
+CHUNK_TOKENS = 8192  # tokens a tokenwise module gets at once: bounds its activations at any calibration size
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,10 @@ class Example:
     call: ModuleCall
     target: Tensor
     weight: Tensor
+
+    def on(self, placement: Placement) -> Example:
+        """The example where it is computed with."""
+        return Example(self.call.map_tensors(placement.fetch), *placement.fetch((self.target, self.weight)))
 
 
 @dataclass(frozen=True)
@@ -93,18 +101,27 @@ def search_scale(
     loss: Loss,
     choose: bool = True,
     ranks: Ranks = ALONE,
+    placement: Placement = HERE,
+    at_once: int = 1,
 ) -> SearchResult:
     """Try every scale and keep the best, or with choose=False the last. The module is not changed.
 
     module: whose output is compared. scales: (alpha, s of shape (in_features,)) to try, s = 1 first.
     candidate: s -> the module's parameters (name -> value) that stand for the quantized ones.
+    placement: keeps the examples.  at_once: scales that are tried on an example before the next one is fetched; the
+    losses do not depend on it.
     Raises ValueError if the loss is not finite for s = 1.
     """
-    chunks = _as_chunks(module, examples, ranks)
-    tried = []  # a scale: the loss of each batch
-    for _, s in scales:
-        parameters = candidate(s)
-        tried.append(torch.stack([_loss_of(of_batch, module, parameters, loss) for of_batch in chunks]))
+    chunks = _as_chunks(module, examples, ranks, placement)
+    tried: list[Tensor] = []  # a scale: the loss of each batch
+    for start in range(0, len(scales), at_once):
+        candidates = [candidate(s) for _, s in scales[start : start + at_once]]
+        found: list[list[Tensor]] = [[] for _ in candidates]
+        for of_batch in chunks:
+            here = [chunk.on(placement) for chunk in of_batch]
+            for parameters, losses_of_batches in zip(candidates, found, strict=True):
+                losses_of_batches.append(_loss_of(here, module, parameters, loss))
+        tried += map(torch.stack, found)
     # One transfer to the host. Batch by batch: that sum does not depend on the number of ranks.
     by_batch = ranks.gather(torch.stack(tried, 1).tolist())
     losses = [math.fsum(of_batches) for of_batches in zip(*by_batch, strict=True)]
@@ -145,10 +162,15 @@ def _loss_of(examples: list[Example], module: nn.Module, parameters: dict[str, T
 def _weighted_error(example: Example, output: Tensor, loss: Loss) -> Tensor:
     error = (example.target - output).float()
     error = error.abs() if loss == "mae" else error.square()
-    return (error.sum(-1).flatten() * example.weight.flatten()).sum()
+    per_token, weight = error.sum(-1), example.weight
+    if per_token.numel() == weight.numel():  # else (A, B, T): Gemma 3n's layers have several hidden states a token
+        per_token = per_token.reshape(weight.shape)
+    return (per_token * weight).sum()
 
 
-def _as_chunks(module: nn.Module, examples: list[Example], ranks: Ranks = ALONE) -> list[list[Example]]:
+def _as_chunks(
+    module: nn.Module, examples: list[Example], ranks: Ranks = ALONE, placement: Placement = HERE
+) -> list[list[Example]]:
     """What to run for each batch: if the module treats every token alone, no tokens of weight 0 and not all at once.
 
     Whether it does is tried out on the longest example, not inferred from its class. Joining short batches was
@@ -156,7 +178,7 @@ def _as_chunks(module: nn.Module, examples: list[Example], ranks: Ranks = ALONE)
     """
     longest = max(examples, key=lambda e: e.call.hidden.numel())
     sizes = [-e.call.hidden.numel() for e in examples]
-    if not ranks.on_one(lambda: _is_tokenwise(module, longest), keys=sizes):
+    if not ranks.on_one(lambda: _is_tokenwise(module, longest.on(placement)), keys=sizes):
         return [[e] for e in examples]
     return [_chunks(e) for e in examples]
 
@@ -164,8 +186,8 @@ def _as_chunks(module: nn.Module, examples: list[Example], ranks: Ranks = ALONE)
 def _chunks(example: Example) -> list[Example]:
     selected = example.weight.flatten() != 0
     # One empty chunk stays if none is selected: zero is its loss.
-    hidden, target = (x.flatten(0, -2)[selected].split(_CHUNK_TOKENS) for x in (example.call.hidden, example.target))
-    weight = example.weight.flatten()[selected].split(_CHUNK_TOKENS)
+    hidden, target = (x.flatten(0, -2)[selected].split(CHUNK_TOKENS) for x in (example.call.hidden, example.target))
+    weight = example.weight.flatten()[selected].split(CHUNK_TOKENS)
     call = example.call
     return [
         Example(call.with_hidden(_like(call.hidden, h)), t, w) for h, t, w in zip(hidden, target, weight, strict=True)

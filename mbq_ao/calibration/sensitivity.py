@@ -11,8 +11,8 @@ each sample alone, then averaged over samples. Only their ratio matters for the 
                           search forget the vision tokens).
 
 No weight gradient is built (the graph starts at the first block's input and no parameter requires
-grad), and every block is checkpointed, so the memory beyond the model is one hidden state a block and
-the activations of one block.
+grad), and every block is checkpointed, so the memory beyond the model is one hidden state a block, which
+the placement keeps, and the activations of one block.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from mbq_ao.calibration.batch import IGNORE_INDEX, CalibrationBatch
 from mbq_ao.calibration.capture import first_tensor, forward, hooked, takes
 from mbq_ao.calibration.ranks import ALONE, Ranks
+from mbq_ao.calibration.residency import HERE, Placement
 
 ModuleName = tuple[str, str]  # (block, module whose output is compared, relative to the block)
 
@@ -44,6 +46,7 @@ def modality_sensitivity(
     answer_masks: list[Tensor],
     on_batch: Callable[[], None] = lambda: None,
     ranks: Ranks = ALONE,
+    placement: Placement = HERE,
 ) -> dict[ModuleName, float]:
     """r = |g_vision| / |g_answer| at the output of every inspected module, before the floor.
 
@@ -59,12 +62,12 @@ def modality_sensitivity(
                 f"NaN or inf in the gradient at {'.'.join(filter(None, key))}: check the model and the labels"
             )
         for kind, mask in masks.items():
-            per_token = grad.detach().abs().float().mean(-1).reshape(mask.shape)
+            per_token = grad.detach().abs().float().mean(-1).reshape(-1, *mask.shape).mean(0).to(mask.device)
             for row, selected in zip(per_token, mask, strict=True):
                 if selected.any():
                     found[-1][key][kind].append(row[selected].mean().item())
 
-    with _gradients_of_activations_only(model, blocks):
+    with _gradients_of_activations_only(model, blocks, placement):
         for batch, answer in zip(batches, answer_masks, strict=True):
             masks = {"vision": batch.vision, "answer": answer}
             found.append({key: {kind: [] for kind in masks} for key in inspected})
@@ -79,7 +82,7 @@ def modality_sensitivity(
                 for block, name in inspected
             )
             with hooked(handles):
-                _loss(model, batch).backward()
+                _loss(model, batch.on(placement)).backward()
             on_batch()
     found = ranks.gather(found)
     return {key: _ratio(key, *([g for of in found for g in of[key][kind]] for kind in masks)) for key in inspected}
@@ -131,7 +134,9 @@ def _loss(model: nn.Module, batch: CalibrationBatch) -> Tensor:
 
 
 @contextmanager
-def _gradients_of_activations_only(model: nn.Module, blocks: Mapping[str, nn.Module]) -> Iterator[None]:
+def _gradients_of_activations_only(
+    model: nn.Module, blocks: Mapping[str, nn.Module], placement: Placement
+) -> Iterator[None]:
     """No parameter requires grad, the first block's input does, and every block is checkpointed."""
     required = [p for p in model.parameters() if p.requires_grad]
     own_forward = {b: b.__dict__.get("forward") for b in blocks.values()}
@@ -146,7 +151,7 @@ def _gradients_of_activations_only(model: nn.Module, blocks: Mapping[str, nn.Mod
         for p in required:
             p.requires_grad_(False)
         for block in own_forward:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = partial(_checkpointed, placement, block.forward)
         with torch.enable_grad(), hooked([first.register_forward_pre_hook(begin_graph, with_kwargs=True)]):
             yield
     finally:
@@ -156,3 +161,14 @@ def _gradients_of_activations_only(model: nn.Module, blocks: Mapping[str, nn.Mod
                 block.__dict__["forward"] = forward_attribute
         for p in required:
             p.requires_grad_(True)
+
+
+def _checkpointed(placement: Placement, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The block's output; until the backward pass computes it again, its input is kept by the placement."""
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        return forward(*placement.fetch(args), **placement.fetch(kwargs))
+
+    # Autograd sees both copies. Masks and position embeddings, which all blocks share, stay where they are.
+    args, kwargs = tree_map_only(Tensor, lambda t: t.to(placement.host) if t.requires_grad else t, (args, kwargs))
+    return checkpoint(again, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.fold import ScaleGroup
 from mbq_ao.calibration.scale_search import Loss
+
+FilterFn = Callable[[nn.Module, str], bool]
+Targets = Literal["decoder", "decoder+vision"] | FilterFn
 
 
 class WeightQuantizer(Protocol):
@@ -68,6 +71,7 @@ class CalibrationSettings:
     quantizer: WeightQuantizer
     scale_groups: Sequence[ScaleGroup] | None = None
     blocks: Sequence[nn.Module] | None = None
+    targets: Targets = "decoder"
     # Of an expert's own search: weigh a token by the factor that the expert's output has for it as well.
     route_weighted: bool = False
 
@@ -87,3 +91,9 @@ class Masks:
             answer=[b.predicts_answer() if recipe.shift_answers else b.answer for b in batches],
             vision=[b.vision for b in batches],
         )
+
+    @classmethod
+    def even(cls, shapes: Iterable[tuple[int, ...]], device: torch.device) -> Masks:
+        """Every token counts, and none is of a modality of its own. shapes: of the tokens, one a pass."""
+        counted = [torch.ones(shape, dtype=torch.bool, device=device) for shape in shapes]
+        return cls(counted=counted, answer=[~mask for mask in counted], vision=[~mask for mask in counted])

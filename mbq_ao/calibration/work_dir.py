@@ -4,6 +4,7 @@
     run.safetensors          the fingerprint of model, data and settings, and the environment
     sensitivity.safetensors  r of every inspected module
     block_0000.safetensors   of one decoder layer: its groups' scales and reports
+    stack_00_block_0000.safetensors  the same of a block of the vision tower, or of what else `targets` chose
 
 Scales and reports are all there is to keep: new weights, the streams between the layers and the checks follow from
 them and from the model, in the same operations as in a run that was not interrupted, hence bit for bit.
@@ -258,14 +259,15 @@ def describe_run(
     settings: CalibrationSettings,
     selected: Mapping[str, Mapping[str, nn.Linear]],
     *,
+    device: torch.device | None = None,
     progress: bool = False,
 ) -> RunDescription:
-    """selected: block -> {name in the block: linear}, what is quantized.
+    """device: computes; None: the batches'.  selected: block -> {name in the block: linear}, what is quantized.
 
     Raises ValueError for a calibration batch with something in it that cannot be compared.
     """
     config: Any = getattr(model, "config", None)
-    device = batches[0].labels.device
+    device = device or batches[0].labels.device
     # A buffer that is not saved is computed from the config, by some models (dynamic RoPE) anew in every forward.
     saved = model.state_dict().keys()
     named = [*model.named_parameters(), *((name, b) for name, b in model.named_buffers() if name in saved)]

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torchao.quantization as torchao_quantization
 from expecttest import assert_expected_inline as expect
+from families import REFUSED
+from model_matrix import refusal
 from models import assert_unchanged, build_batch, build_model, snapshot
 from refusals import refused
-from torch import nn
+from torch import Tensor, nn
 
 from mbq_ao import Int3WeightOnlyConfig, ScaleGroup, mbq_config, quantize_
 
@@ -89,14 +91,54 @@ def test_weights_shared_between_linears(model: nn.Module) -> None:
     assert "are one parameter: quantizing it for one place" in refused(model, [build_batch("llava")])
 
 
+def test_layers_that_accelerate_places(model: nn.Module) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2)
+    everywhere = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "model.language_model"), "cpu")
+    accelerate.dispatch_model(model, {**everywhere, "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
+    with pytest.raises(ValueError) as caught:
+        quantize_(model, config, compute_device="meta", progress=False)
+    expect(
+        str(caught.value),
+        """\
+accelerate places the layers of this model (device_map; hook on 'the model') and would take them back from 'meta': \
+leave out device and compute_device to compute where they are, or load the model with device_map="cpu" and pass \
+compute_device""",
+    )
+    report, expected = (quantize_(m, config, progress=False) for m in (model, build_model("llava")))
+    assert report.records() == expected.records()
+
+
+def test_weights_that_accelerate_offloaded(model: nn.Module) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(ValueError) as caught:
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32), progress=False)
+    expect(
+        str(caught.value),
+        """\
+model.vision_tower.embeddings.class_embedding is on the meta device and has no values, as accelerate offloaded it \
+(device_map): load the whole model into the host's memory, from_pretrained(..., device_map="cpu"), and call \
+quantize_(..., compute_device="cuda"), which brings one layer at a time to the GPU""",
+    )
+
+
+def test_compute_device_without_a_calibration(model: nn.Module) -> None:
+    with pytest.raises(
+        ValueError, match="compute_device is for calibration, but Int3WeightOnlyConfig calibrates nothing"
+    ):
+        quantize_(model, Int3WeightOnlyConfig(), compute_device="cpu")
+
+
 def test_weights_on_the_meta_device() -> None:
     with torch.device("meta"):
         model = build_model("llava")
     expect(
         refused(model, [build_batch("llava")]).replace("patch_embedding.weight", "<name>"),
         """\
-model.vision_tower.embeddings.class_embedding is on the meta device and has no values: load the model's weights \
-before quantize_ (from_pretrained without an offloading device_map)""",
+model.vision_tower.embeddings.class_embedding is on the meta device and has no values: load the whole model into \
+the host's memory, from_pretrained(..., device_map="cpu"), and call quantize_(..., compute_device="cuda"), which \
+brings one layer at a time to the GPU""",
     )
 
 
@@ -116,6 +158,77 @@ def test_a_model_without_decoder_layers() -> None:
         """\
 Sequential has no decoder layers: found no nn.ModuleList with parameters; pass blocks=[...] with the layers to \
 quantize""",
+    )
+
+
+class Custom(nn.Module):
+    """As remote code may be: no get_decoder, the language model nested, a vision tower with more parameters."""
+
+    def __init__(self, vision_width: int = 96) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.llm = nn.Module()
+        self.llm.embed, self.llm.h = nn.Embedding(128, 32), nn.ModuleList([nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.head = nn.Linear(32, 128)
+        if vision_width:
+            self.visual = nn.Module()
+            self.visual.blocks = nn.ModuleList([nn.Linear(vision_width, vision_width)])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.llm.embed(input_ids)
+        for layer in self.llm.h:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def test_a_model_of_which_it_is_unclear_where_the_decoder_is() -> None:
+    model, batch = Custom(), build_batch("llama")
+    expect(
+        refused(model, [batch]),
+        """\
+Custom has no get_decoder() that leads to its language model, and several lists that may be the decoder layers: llm.h, \
+visual.blocks; pass the right one, such as blocks=list(model.llm.h)""",
+    )
+    with pytest.warns(UserWarning, match="no vision token"):
+        report = quantize_(
+            model, mbq_config([batch], group_size=32, n_grid=2, blocks=list(model.llm.h)), progress=False
+        )
+        alone = quantize_(Custom(vision_width=0), mbq_config([batch], group_size=32, n_grid=2), progress=False)
+    assert report is not None and alone is not None
+    assert {g.block for g in report.groups} == {g.block for g in alone.groups} == {"llm.h.0", "llm.h.1"}
+
+
+def test_a_block_that_drops_tokens() -> None:
+    class Drops(Custom):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            first, second = self.llm.h
+            return self.head(second(first(self.llm.embed(input_ids))[:, 1:]))
+
+    with pytest.warns(UserWarning, match="no vision token"):
+        text = refused(Drops(vision_width=0), [build_batch("llama")], RuntimeError)
+    assert "llm.h.1 on calibration batch 0 is given a hidden state of shape (1, 8, 32), but the block before" in text
+
+
+@pytest.mark.filterwarnings("ignore:no vision token found")
+@pytest.mark.parametrize("family", REFUSED)
+def test_kinds_of_models_that_are_refused(family: str) -> None:
+    """What they are told is in docs/models.md."""
+    exception = RuntimeError if family == "git" else ValueError
+    assert refused(build_model(REFUSED[family]), [build_batch(REFUSED[family])], exception) in refusal(family)
+
+
+def test_images_that_do_not_match_their_tokens(model: nn.Module) -> None:
+    good, bad = build_batch("llava"), build_batch("llava")
+    bad["input_ids"][0, 3] = 5  # one place of the image less
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="Image features and image tokens do not match") as caught:
+        quantize_(model, mbq_config([good, bad], group_size=32, n_grid=2), progress=False)
+    assert_unchanged(model, before)
+    expect(
+        caught.value.__notes__[-1],
+        """\
+raised while LlavaForConditionalGeneration ran calibration batch 1: {'input_ids': (1, 15), 'attention_mask': (1, 15), \
+'pixel_values': (1, 3, 28, 28)}""",
     )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import CONFIGS, IMAGE, NUM_ANSWER_TOKENS, TEXT_ONLY, VIDEO, build_batch, build_model
+from families import FAMILIES, IMAGE, TEXT_ONLY, VIDEO
+from models import NUM_ANSWER_TOKENS, build_batch, build_model
 from torch import Tensor
 
 from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
@@ -17,7 +18,7 @@ def collect(family: str, *batches: dict[str, Any]) -> list[CalibrationBatch]:
     return collect_batches(build_model(family), batches)
 
 
-@pytest.mark.parametrize("family", [f for f in CONFIGS if f not in TEXT_ONLY])
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in TEXT_ONLY])
 def test_masks_from_the_config_and_the_labels(family: str) -> None:
     raw = build_batch(family)
     (batch,) = collect(family, raw)
@@ -25,7 +26,7 @@ def test_masks_from_the_config_and_the_labels(family: str) -> None:
     assert torch.equal(batch.answer, raw["labels"] != -100) and batch.answer.sum() == NUM_ANSWER_TOKENS
     assert batch.valid.all() and batch.num_tokens == raw["input_ids"].numel()
     # Everything but the labels goes to the model, untouched.
-    assert batch.inputs.keys() == raw.keys() - {"labels"}
+    assert batch.inputs.keys() == raw.keys() - {"labels", "vision_mask"}
     assert all(torch.equal(batch.inputs[key], raw[key]) for key in batch.inputs)
 
 

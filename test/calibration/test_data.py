@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import IMAGE, build_model, model_inputs
+from families import IMAGE
+from models import build_model, model_inputs
 from PIL import Image
 from processors import CHAT_TEMPLATE, MARKED_TEMPLATE, PROCESSORS, build_processor, build_tokenizer
 from tokenizers.normalizers import Prepend

@@ -7,7 +7,7 @@ import re
 import pytest
 from expecttest import assert_expected_inline
 from models import build_batch, build_model
-from test_matrix import describe
+from test_family_groups import describe
 
 from mbq_ao.calibration.batch import collect_batches
 from mbq_ao.calibration.capture import capture_streams, find_blocks

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline
+from families import MIXTURES
 from mixtures import OPTIONS, batches_for, moe, routing
 from models import (
-    MOE_CONFIGS,
     assert_unchanged,
     build_batch,
     build_model,
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:no vision token found")
 
 
 @pytest.mark.parametrize("precision", KINDS)
-@pytest.mark.parametrize("family", MOE_CONFIGS)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_quantize(family: str, precision: Any) -> None:
     model, batches = build_model(family), batches_for(family)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_quantize(family: str, precision: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", KINDS)
-@pytest.mark.parametrize("family", MOE_CONFIGS)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_only_rounding_changes_the_function(family: str, precision: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, batch = build_model(family), build_batch(family, 9)
     before = routing(model, batch)
@@ -252,7 +252,8 @@ def test_a_calibration_is_taken_up_again(
             name: [getattr(p, part) for part in p.__tensor_flatten__()[0]] if isinstance(p, PackedWeight) else [p]
             for name, p in model.state_dict().items()
         }
-        return data, asdict(report) | {"seconds": 0, "num_resumed": 0}, report.num_resumed
+        of_the_call = {"seconds": 0, "stage_seconds": {}, "block_seconds": {}, "num_resumed": 0}
+        return data, asdict(report) | of_the_call, report.num_resumed
 
     expected, expected_report, _ = calibrated(None)
     with monkeypatch.context() as patch:

@@ -26,7 +26,7 @@ from torchao.quantization import Int8WeightOnlyConfig
 from tqdm.auto import tqdm
 
 from mbq_ao import mbq_config, quantize_
-from mbq_ao.calibration import block, mbq, ranks
+from mbq_ao.calibration import block, mbq, plan, ranks
 from mbq_ao.calibration.ranks import ALONE, SeveralRanks, joined_ranks
 
 TIMEOUT = 300  # seconds; on an idle machine the slowest takes ten
@@ -107,7 +107,7 @@ def going_wrong(kind: str, where: str) -> Iterator[None]:
         "search": (block, "search_scale", 2),
         "between two blocks": (block.BlockCalibrator, "advance", 0),
         "check": (mbq, "check_logits", 0),
-        "setting the plan": (mbq, "is_traceable_wrapper_subclass", 5),
+        "setting the plan": (plan, "is_traceable_wrapper_subclass", 5),
         "moving the model": (mbq.nn.Module, "to", 0),
         "passing values": (dist, "all_gather_object", 9),
     }[where]
@@ -156,12 +156,14 @@ CASES = {
         {"vision": Int8WeightOnlyConfig(), "device": "cpu"},
         {"dtype": torch.bfloat16},
         {"number": 1},
+        {"family": "qwen3_vl", "targets": "decoder+vision", "propagate_error": True},
     ],
     3: [
         {"precision": "w4a8"},
         {"family": "qwen2_vl", "precision": "w4a8", "propagate_error": True},
         {"family": "llama4", "precision": "w4a8"},
         {"number": 2},  # one rank has no batch of its own
+        {"number": 2, "targets": "decoder+vision"},
     ],
 }
 

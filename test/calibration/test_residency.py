@@ -14,7 +14,7 @@ from torch import nn
 
 from mbq_ao import mbq_config, quantize_
 from mbq_ao.calibration.capture import find_blocks
-from mbq_ao.calibration.residency import computing_on, resident_on
+from mbq_ao.calibration.residency import Placement, computing_on, large_parts, resident_on
 from mbq_ao.packed_weight import PackedWeight
 
 META = torch.device("meta")
@@ -42,13 +42,42 @@ def test_a_layer_is_there_only_while_it_runs(model: nn.Module) -> None:
     input_ids = build_batch("llama")["input_ids"].to(META)
     with computing_on(META, model, layers):
         assert [devices(layer) for layer in layers] == [{"cpu"}, {"cpu"}]
-        assert model.lm_head.weight.is_meta and model.get_decoder().norm.weight.is_meta
+        assert model.get_decoder().norm.weight.is_meta and not model.lm_head.weight.is_meta
         assert model(input_ids=input_ids).logits.is_meta
         assert [devices(layer) for layer in layers] == [{"cpu"}, {"cpu"}]
     for handle in handles:
         handle.remove()
     assert seen == [[{"meta"}, {"cpu"}], [{"cpu"}, {"meta"}]]
     assert_unchanged(model, before)
+
+
+def test_what_is_large(model: nn.Module) -> None:
+    layers = list(find_blocks(model).values())
+    large = large_parts(model, layers)
+    names = {module: name for name, module in model.named_modules()}
+    assert [names[part] for part in large] == [
+        "model.language_model.layers.0",
+        "model.language_model.layers.1",
+        "model.vision_tower.encoder.layers.0",
+        "model.vision_tower.encoder.layers.1",
+        "model.language_model.embed_tokens",
+        "lm_head",
+    ]
+    # Blocks that lie in a member of a list keep that list's member from being one.
+    mlps = [layer.mlp for layer in layers]
+    assert [names[part].rpartition(".")[2] for part in large_parts(model, mlps)][:2] == ["mlp", "mlp"]
+    assert not set(layers) & set(large_parts(model, mlps))
+
+
+def test_a_tensor_is_kept_once() -> None:
+    placement = Placement(META)
+    mask = torch.ones(3)
+    assert placement.keep(mask) is mask  # it is there already
+    fetched = placement.fetch({"mask": mask, "sizes": (mask, 4)})
+    assert fetched["mask"].is_meta and fetched["sizes"][1] == 4
+    assert placement.keep(fetched)["mask"] is mask
+    nowhere = Placement()
+    assert nowhere.fetch(mask) is nowhere.keep(mask) is mask
 
 
 @pytest.mark.parametrize("exception", [RuntimeError, KeyboardInterrupt])

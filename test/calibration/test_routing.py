@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from families import MIXTURES
 from mixtures import OPTIONS, batches_for, moe, routing
-from models import MOE_CONFIGS, build_batch, build_model, model_inputs
+from models import build_batch, build_model, model_inputs
 from test_matrix import KINDS
 from torch import Tensor, nn
 
@@ -23,7 +24,7 @@ from mbq_ao.calibration.scale_search import SearchResult, search_scale
 pytestmark = pytest.mark.filterwarnings("ignore:no vision token found")
 
 
-@pytest.mark.parametrize("family", MOE_CONFIGS)
+@pytest.mark.parametrize("family", MIXTURES)
 def test_tokens_and_shares_are_the_router_s(family: str) -> None:
     """What is found by sending token numbers through the experts, against what the router says."""
     model = build_model(family)

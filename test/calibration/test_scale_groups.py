@@ -73,8 +73,8 @@ def test_a_forward_ends_at_the_linear_that_is_looked_at() -> None:
     ran = []
     for name in ("up", "down"):
         prober.block.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-    assert torch.equal(prober._input_of("up", {}), expected) and ran == []
-    assert prober._input_of("down", {}).shape == (10, 2 * C) and ran == ["up"]
+    assert torch.equal(prober.input_of("up", {}), expected) and ran == []
+    assert prober.input_of("down", {}).shape == (10, 2 * C) and ran == ["up"]
     assert not any(m._forward_pre_hooks for m in prober.block.modules())
 
 
@@ -188,27 +188,63 @@ def test_fused_projections(num_value_rows: int) -> None:
     assert o.row_map == (RowMap(offset=24) if num_value_rows == 12 else RowMap(offset=18, width=3, repeats=2))
 
 
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.o = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.o(self.q(h).softmax(-1) * self.v(h))
+
+
 class Nested(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.norm = nn.RMSNorm(C)
-        self.attn = nn.ModuleDict({"q": nn.Linear(C, C), "v": nn.Linear(C, C), "o": nn.Linear(C, C)})
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(C, C), "fc2": nn.Linear(C, C)})
+        self.norm, self.attn = nn.RMSNorm(C), Attention()
+        self.mlp = nn.Sequential(nn.Linear(C, C), nn.ReLU(), nn.Linear(C, C))
+        self.router = nn.ModuleDict({"fc1": nn.Linear(C, C), "fc2": nn.Linear(C, C), "fc3": nn.Linear(C, C)})
         self.unused = nn.Linear(C, C)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        x = x + self.attn["o"](self.attn["q"](h).softmax(-1) * self.attn["v"](h))
-        return x + self.mlp["fc2"](self.mlp["fc1"](x).relu())
+        x = x + self.attn(self.norm(x))
+        x = x + self.mlp(x.clone())
+        x = x + self.router["fc1"](torch.tanh(x))
+        y = torch.tanh(x)
+        return x + self.router["fc2"](y) + self.router["fc3"](y)
 
 
 def test_what_is_compared() -> None:
     compared = {", ".join(g.linears): g.inspect for g in probe(Nested()).find_all()}
-    # Several linears, and the first of a module: the module around them. A later one: itself. `unused` is not run.
-    assert compared == {"attn.q, attn.v": "attn", "attn.o": "attn.o", "mlp.fc1": "mlp", "mlp.fc2": "mlp.fc2"}
+    assert compared == {
+        # Several linears, and the first of a module: the module around them. A later one: itself. `unused` is not run.
+        "attn.q, attn.v": "attn",
+        "attn.o": "attn.o",
+        "mlp.0": "mlp",
+        "mlp.2": "mlp.2",
+        # A module that only holds them has no output.
+        "router.fc1": "router.fc1",
+        "router.fc2, router.fc3": "",
+    }
     given = probe(Nested()).complete(ScaleGroup(("attn.q", "attn.v"), inspect=""))
     assert (given.inspect, given.producer) == ("", "norm")
+
+
+class ReadsWeights(nn.Module):
+    """One linear that is called, one whose weight is read, one that is neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.called, self.read, self.expert = nn.Linear(C, C), nn.Linear(C, C), nn.Linear(C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.called(x) @ self.read.weight
+
+
+def test_linears_whose_weight_is_read_past_their_forward() -> None:
+    assert probe(ReadsWeights()).read_past_forward() == ["read"]
+    assert probe(Block()).read_past_forward() == []
 
 
 def test_a_given_producer_is_the_only_candidate() -> None:
@@ -302,9 +338,9 @@ def quantize(family: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tu
     scalings: list[Scaling] = []
     check_logits = mbq.check_logits
 
-    def spy(model: Any, blocks: Any, found: dict[str, list[Scaling]], batches: Any) -> float:
+    def spy(model: Any, blocks: Any, found: dict[str, list[Scaling]], *rest: Any) -> float:
         scalings.extend(s for of_block in found.values() for s in of_block)
-        return check_logits(model, blocks, found, batches)
+        return check_logits(model, blocks, found, *rest)
 
     monkeypatch.setattr(mbq, "check_logits", spy)
     config = mbq_config([build_batch(family)], group_size=32, n_grid=4, **options)

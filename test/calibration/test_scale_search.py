@@ -229,13 +229,22 @@ def test_the_size_of_a_chunk_does_not_matter(
     module = Mlp()
     examples, candidate = make_examples(module), candidate_of(module)
     with monkeypatch.context() as patch:
-        patch.setattr(scale_search, "_as_chunks", lambda module, examples, ranks: [[e] for e in examples])
+        patch.setattr(scale_search, "_as_chunks", lambda module, examples, *_: [[e] for e in examples])
         whole = search_scale(module, examples, grid_scales(statistic, 6), candidate, loss="mae")
-    monkeypatch.setattr(scale_search, "_CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(scale_search, "CHUNK_TOKENS", chunk)
     chunks = scale_search._as_chunks(module, examples)
     assert [[c.call.hidden.shape[1] for c in of_batch] for of_batch in chunks] == sizes
     found = search_scale(module, examples, grid_scales(statistic, 6), candidate, loss="mae")
     assert found.losses == pytest.approx(whole.losses, rel=1e-5) and found.index == whole.index
+
+
+def test_how_many_scales_are_tried_at_once_does_not_matter(statistic: Tensor) -> None:
+    torch.manual_seed(0)
+    module = CausalMean()  # several chunks
+    arguments = module, make_examples(module), grid_scales(statistic, 6), candidate_of(module)
+    alone, *together = (search_scale(*arguments, loss="mae", at_once=n) for n in (1, 4, 6, 100))
+    assert len(set(alone.losses)) == 6
+    assert all(found.losses == alone.losses and torch.equal(found.s, alone.s) for found in together)
 
 
 def test_plain_rounding_is_kept_where_nothing_is_better(statistic: Tensor) -> None:

@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-from models import IMAGE, assert_unchanged, build_batch, build_model, float_inputs, pad_right, snapshot
+from families import IMAGE
+from models import assert_unchanged, build_batch, build_model, float_inputs, model_inputs, pad_right, snapshot
 from torch import Tensor, nn
 
 from mbq_ao.calibration.batch import collect_batches
@@ -166,3 +167,25 @@ def test_the_floor_is_the_median_over_the_blocks_of_each_module() -> None:
         ("3", "attn"): pytest.approx(0.3),
         ("0", "mlp"): 0.1,
     }
+
+
+def test_several_hidden_states_a_token() -> None:
+    """Gemma 3n's layers carry (A, B, T, C): the gradient at a layer's output is the mean over the A of each token."""
+    model, batch = build_model("gemma3n_text"), build_batch("gemma3n_text", batch_size=2)
+    batch["vision_mask"] = torch.zeros_like(batch["labels"], dtype=torch.bool)
+    batch["vision_mask"][:, 2:5] = True
+    (collected,) = collect_batches(model, [batch])
+    blocks = find_blocks(model)
+    first = next(iter(blocks))
+    found = modality_sensitivity(model, blocks, [(first, "")], [collected], answer_masks=[collected.answer])
+
+    grads: list[Tensor] = []
+    handle = blocks[first].register_forward_hook(lambda m, a, y: y.register_hook(grads.append) and None)
+    logits = model(**model_inputs(batch)).logits[:, :-1]
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
+    (losses.view(2, -1).sum(1) / 3).sum().backward()
+    handle.remove()
+    per_token = grads[0].abs().mean((0, 3))
+    assert grads[0].ndim == 4
+    expected = per_token[batch["vision_mask"]].mean() / per_token[collected.answer].mean()
+    assert found == {(first, ""): pytest.approx(expected.item(), rel=1e-4)}

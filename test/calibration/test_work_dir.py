@@ -317,7 +317,7 @@ work_dir 'FOLDER' holds files but no calibration; pass a new or empty folder, so
         quantize_(model, Int3WeightOnlyConfig(), work_dir=tmp_path / "new")
     expect(
         str(error.value),
-        """work_dir keeps what a calibration found, but Int3WeightOnlyConfig calibrates nothing; leave it out""",
+        """work_dir is for calibration, but Int3WeightOnlyConfig calibrates nothing; leave it out""",
     )
     assert not (tmp_path / "new").exists()
 
