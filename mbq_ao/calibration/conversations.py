@@ -191,7 +191,7 @@ def load_media(conversation: Conversation, image_folder: str | os.PathLike[str] 
 def load_image(source: Any, image_folder: str | os.PathLike[str] | None = None) -> Any:
     """An RGB PIL image from a path, URL, base64 text, bytes, (H, W, 3) uint8 array, or PIL image."""
     try:
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
     except ImportError as error:
         raise ImportError("calibration data with images needs Pillow: pip install pillow") from error
     from transformers.image_utils import load_image as transformers_load_image
@@ -214,6 +214,8 @@ def load_image(source: Any, image_folder: str | os.PathLike[str] | None = None) 
         return transformers_load_image(source, timeout=60)  # by default it waits forever
     except Exception as error:  # whatever a decoder or the network may raise: the row is bad, the run goes on
         reason = str(error).partition(" <_io")[0]  # the address of a buffer says nothing
+        if isinstance(error, UnidentifiedImageError) and _is_address(name):
+            reason = "what is found there is no image (a page that says so, where there is none)"
         raise BadRow(f"image {name} cannot be opened: {reason}") from error
 
 

@@ -1,7 +1,10 @@
 """calibration_data: forms of rows, labels, sampling, joined pairs, and real calibrations with what it gives."""
 
 import base64
+import functools
+import http.server
 import json
+import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -363,6 +366,27 @@ def test_videos(folder: Path, video: str) -> None:
     assert batch["video_grid_thw"].tolist() == [[4, 4, 6]]
     (given,) = processor.video_processor.seen[0][0]
     assert np.array_equal(np.stack([np.asarray(frame) for frame in given]), array)
+
+
+@pytest.fixture
+def address(folder: Path) -> Iterator[str]:
+    """Of a server on this computer with the images."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_images_from_the_network(processor: Any, pairs: list[dict[str, str]], address: str) -> None:
+    rows = [{**row, "image": f"{address}/{row['answer']}.png"} for row in pairs]
+    there, here = (calibration_data(source, processor, n_samples=3) for source in (rows, pairs))
+    assert all(torch.equal(a["pixel_values"], b["pixel_values"]) for a, b in zip(there, here, strict=True))
+    rows[1]["image"] = f"{address}/none.png"
+    with pytest.warns(
+        UserWarning, match=rf"image {address}/none.png cannot be opened: what is found there is no image"
+    ):
+        assert len(calibration_data(rows, processor, n_samples=3)) == 2
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "P", "L", "1", "CMYK", "LA"])
