@@ -1,6 +1,6 @@
 """Which tokens should calibration weigh in a mixture of experts? Measured on small VLMs that are trained here.
 
-    python benchmarks/moe.py            trains three models (minutes each, kept), writes results/moe.{json,md}
+    python benchmarks/moe.py            trains three models (ten minutes each, kept), writes results/moe.{json,md}
     python benchmarks/moe.py --smoke    all of it in seconds on a model that has learnt nothing; writes nothing
 
 Variants, each on the same draws of calibration pairs:
@@ -101,6 +101,7 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
                     draw=draw,
                     seconds=round(report.seconds, 1),
                     loss_over_rtn=statistics.mean(g.loss / g.loss_rtn for g in report.groups if g.loss_rtn),
+                    experts_exponents=[g.alpha for g in report.groups if g.num_tokens is not None],
                     experts_without_tokens=tokens.count(0),
                     tokens_of_an_expert=[min(tokens), statistics.median(tokens), max(tokens)],
                 )
@@ -165,9 +166,9 @@ def table(results: dict[str, Any]) -> str:
         for row in results["compared"][precision]:
             kl, nll, correct = row["kl"], row["nll"], row["correct"]
             lines.append(
-                f"| {row['first']} - {row['second']} | {kl['mean']:+.4f} ({kl['standard_error']:.4f}) | "
-                f"{kl['lower_in']} of {kl['of']} | {', '.join(f'{d:+.4f}' for d in kl['of_models'])} | "
-                f"{nll['mean']:+.4f} ({nll['standard_error']:.4f}) | {nll['lower_in']} of {nll['of']} | "
+                f"| {row['first']} - {row['second']} | {kl['mean']:+.2g} ({kl['standard_error']:.2g}) | "
+                f"{kl['lower_in']} of {kl['of']} | {', '.join(f'{d:+.2g}' for d in kl['of_models'])} | "
+                f"{nll['mean']:+.2g} ({nll['standard_error']:.2g}) | {nll['lower_in']} of {nll['of']} | "
                 f"{100 * correct['mean']:+.2f} ({100 * correct['standard_error']:.2f}) |"
             )
         lines.append("")

@@ -44,8 +44,8 @@ and costs nothing when the model runs. The exceptions:
   input cannot take it: an activation that does not scale (GELU), a norm without a weight, a hidden state that
   something else reads too, or values whose rows lie between those of queries and keys.
 * *left*: not quantized. In the layers, what is no linear, or none that is called as one; and the linears of the
-  language model beside its layers. Embeddings, `lm_head`, vision towers and projectors always stay (towers:
-  `mbq_config(vision=...)`).
+  language model beside its layers. Embeddings and `lm_head` always stay, and towers and projectors unless asked for
+  with `mbq_config(targets=...)` or `mbq_config(vision=...)`.
 
 Written by `python test/model_matrix.py` with transformers {version}.
 """

@@ -17,6 +17,7 @@ pytest.importorskip("easy_vqa")
 import moe  # noqa: E402
 
 
+@pytest.mark.slow
 def test_smoke(tmp_path: Path) -> None:
     before = sorted(path.stat().st_mtime for path in moe.RESULTS.iterdir())
     command = [sys.executable, str(BENCHMARKS / "moe.py"), "--smoke", "--models", str(tmp_path)]
@@ -29,6 +30,7 @@ def test_smoke(tmp_path: Path) -> None:
     assert [run["variant"] for run in runs] == ["RTN", *moe.VARIANTS]
     for run in runs:
         assert run["kl"] > 0 and math.isfinite(run["nll"]) and 0 <= run["correct"] <= 1
+    assert all(len(run["experts_exponents"]) == 4 * 8 for run in runs[1:])
     rtn, awq, awq_routed, mbq, mbq_routed = runs
     assert len({rtn["kl"], awq["kl"], mbq["kl"]}) == 3
     # Routing is nearly even in an untrained model: the loss shows it, the scales found may be the same.
