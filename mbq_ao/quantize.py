@@ -213,7 +213,8 @@ def mbq_config(
         filter_fn then narrows what it takes. Not with `vision` for the same linears. With propagate_error the decoder
         is calibrated behind the quantized tower. The report says stack by stack what was calibrated; which linears are
         rounded without calibration, because they are called alone or behind the decoder's layers (lm_head); and which
-        are left alone, because no batch runs them. Convolutions and embeddings stay as they are.
+        are left alone, because no batch runs them. Convolutions and embeddings stay as they are, and
+        unless a filter takes them linears that embed patches.
 
     Raises ValueError for a value outside these choices.
     """

@@ -8,7 +8,8 @@ One pass of the model over the calibration data, up to its decoder, shows what i
         it is always called on that one's very output; else it begins a stack
     the largest module around another linear that is called with a hidden state: a block, and a stack of its own
     a linear that is called alone, or in or after the decoder (lm_head): plain rounding, and a line in the report
-    a linear that no calibration batch runs: left alone, and a line in the report
+    a linear that no calibration batch runs, or that embeds patches before the tower's first block: left alone, and a
+        line in the report (a filter may choose the latter)
 
 A stack may run any number of times in a forward: not at all for text, once for all images, or for one after the other.
 """
@@ -45,6 +46,7 @@ from mbq_ao.calibration.settings import Targets
 _NEVER_RUN = "no calibration batch runs them"
 _OF_TORCH = "torch.nn.MultiheadAttention computes with their weights itself"
 _ALONE = "called alone, not in a block that takes a hidden state"
+_EMBEDDING = "they embed the patches, before the first block"
 _LATE = "they run in or after the decoder, outside of its layers"
 
 
@@ -135,6 +137,9 @@ def find_stacks(
         )
     runs = [run for calls in seen.calls.values() for run in _runs([c for c in calls if c[0] not in seen.refused])]
     blocks = {block for run in runs for block in run}
+    order = list(seen.called)
+    in_blocks = (i for i, name in enumerate(order) if any(p in listed for p in _prefixes(name)))
+    embedding = set() if callable(targets) else set(order[: next(in_blocks, 0)])
     result = Beside()
     parts: dict[str, list[str]] = {}
     for name, linear in linears.items():
@@ -143,6 +148,8 @@ def find_stacks(
         elif name not in seen.called:
             where, why = (result.rounded, _LATE) if name in seen.late else (result.left_alone, _NEVER_RUN)
             where[name] = why
+        elif name in embedding:
+            result.left_alone[name] = _EMBEDDING
         elif (block := _block_around(name, seen, blocks)) is None:
             result.rounded[name] = _ALONE
         else:
@@ -150,7 +157,6 @@ def find_stacks(
             if block not in blocks:
                 blocks.add(block)
                 runs.append([block])
-    order = list(seen.called)
     for run in sorted((run for run in runs if any(b in parts for b in run)), key=lambda run: order.index(run[0])):
         selected = {b: {n.removeprefix(f"{b}."): linears[n] for n in parts.get(b, ())} for b in run}
         step = f"stack_{len(result.stacks):02}_block_"
@@ -163,7 +169,7 @@ def other_weights(model: nn.Module, layers: Mapping[str, nn.Module], beside: Bes
     """Matrices (and kernels) beside the decoder that are outside of the stacks, and that no other list names."""
     blocks = tuple(f"{block}." for stack in beside.stacks for block in stack.blocks)
     return [
-        f"{name}.{parameter}"
+        f"{name}.{parameter}".removesuffix(".weight")
         for name, module in vision_side(model, layers).items()
         if name not in beside.rounded and name not in beside.left_alone
         for parameter, value in module.named_parameters(recurse=False)
