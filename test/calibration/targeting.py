@@ -6,22 +6,15 @@ import functools
 from typing import Any
 
 from families import FAMILIES
-from models import (
-    build_batch,
-    build_model,
-)
-from results import parts_of
+from models import build_batch, build_model
+from results import bits, parts_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mbq_ao import CalibrationReport, MBQInt3Tensor, MBQW4A8Tensor, mbq_config, quantize_
 
 KINDS: Any = {"w3a16": MBQInt3Tensor, "w4a8": MBQW4A8Tensor}
-
-
 BOTH = "decoder+vision"
-
-
 LLAVA = FAMILIES["llava"]
 
 
@@ -45,7 +38,7 @@ def llava(**options: Any) -> tuple[nn.Module, CalibrationReport]:
 
 
 def state(model: nn.Module) -> dict[str, list[bytes]]:
-    return {name: [p.float().numpy().tobytes() for p in parts] for name, parts in parts_of(model).items()}
+    return {name: [bits(p).numpy().tobytes() for p in parts] for name, parts in parts_of(model).items()}
 
 
 def is_quantized(value: object) -> bool:

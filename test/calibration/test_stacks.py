@@ -10,13 +10,7 @@ import pytest
 import torch
 from families import FAMILIES
 from live_bytes import LiveBytes
-from models import (
-    assert_unchanged,
-    build_batch,
-    build_model,
-    model_inputs,
-    snapshot,
-)
+from models import assert_unchanged, build_batch, build_model, model_inputs, snapshot
 from targeting import BOTH, KINDS, LLAVA, calib_data, is_quantized, llava, quantized, state
 from torch import Tensor, nn
 
