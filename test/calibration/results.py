@@ -22,7 +22,8 @@ def _parts(tensor: Tensor) -> list[Tensor]:
     return [part for name in tensor.__tensor_flatten__()[0] for part in _parts(getattr(tensor, name))]
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits(tensor: Tensor) -> Tensor:
+    """All values as bytes, (n,) uint8."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -33,6 +34,6 @@ def assert_same(result: Result, expected: Result, num_resumed: int | None = None
     assert model.keys() == expected_model.keys()
     for name, tensors in expected_model.items():
         for a, b in zip(model[name], tensors, strict=True):
-            assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b)), name
+            assert a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b)), name
     of_the_call = {"seconds": 0.0, "stage_seconds": {}, "block_seconds": {}, "num_resumed": 0}
     assert asdict(report) | of_the_call == asdict(expected_report) | of_the_call
