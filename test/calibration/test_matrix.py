@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from families import FAMILIES, REFUSED, TEXT_ONLY
+from families import FAMILIES, MULTIMODAL, REFUSED, TEXT_ONLY
 from model_matrix import PAGE, REGENERATE, entry, not_tested, read_page, refusal
 from models import (
     assert_nothing_left,
@@ -59,8 +60,13 @@ KINDS: Any = {"w3a16": MBQInt3Tensor, "w4a8": MBQW4A8Tensor}
 pytestmark = pytest.mark.filterwarnings("ignore:no vision token found")
 
 
-@pytest.mark.parametrize("precision", KINDS)
-@pytest.mark.parametrize("family", FAMILIES)
+def in_turn(families: Iterable[str]) -> list[tuple[str, str]]:
+    """Both precisions for the families that most people use, and for one of each kind; the others take turns."""
+    both = {*MULTIMODAL, *ONE_OF_EACH_KIND}
+    return [(f, p) for i, f in enumerate(families) for j, p in enumerate(KINDS) if f in both or i % 2 == j]
+
+
+@pytest.mark.parametrize(("family", "precision"), in_turn(FAMILIES))
 def test_quantize(family: str, precision: Any) -> None:
     model = build_model(family)
     batches = [build_batch(family, 9), build_batch(family, 12, seed=2)]
