@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from expecttest import assert_expected_inline as expect
-from families import MIXTURES, MULTIMODAL, TEXT_ONLY
+from families import FAMILIES, MIXTURES, MULTIMODAL, TEXT_ONLY
 from models import (
     assert_nothing_left,
     build_batch,
