@@ -56,7 +56,12 @@ def packed(model: nn.Module) -> dict[str, str]:
     return {n: repr(p) for n, p in model.named_parameters(remove_duplicate=False) if isinstance(p, PackedWeight)}
 
 
-@pytest.mark.parametrize("family", [*MULTIMODAL, *LANGUAGE])
+# Falcon's layers are not `.layers.`; Mamba reads a rounded weight itself; rows of Gemma 3n's AltUp are shorter than a
+# group, and their group_size is the row's length after loading.
+OTHERS = ("falcon", "mamba", "gemma3n_text")
+
+
+@pytest.mark.parametrize("family", [*MULTIMODAL, *(name for name in LANGUAGE if name not in OTHERS)])
 def test_round_trip(family: str, tmp_path: Path) -> None:
     """Saved, loaded, saved again in shards, loaded by transformers' own class with device_map: nothing moves a bit."""
     model = rounded(family)
