@@ -25,7 +25,10 @@ setup(
     packages=find_packages(include=["mbq_ao", "mbq_ao.*"]),
     py_modules=["_mbq_ao_autoload"],
     # torch imports what is listed here at the end of its own import; see the module.
-    entry_points={"torch.backends": ["mbq_ao = _mbq_ao_autoload:install"]},
+    entry_points={
+        "torch.backends": ["mbq_ao = _mbq_ao_autoload:install"],
+        "console_scripts": ["mbq-ao = mbq_ao.cli:app"],
+    },
     package_data={"mbq_ao": ["py.typed"], "mbq_ao.demo": ["*.safetensors"]},
     # The lower bounds are the versions the tests have been run with, not guesses.
     install_requires=[
@@ -34,6 +37,8 @@ setup(
         "transformers>=5.23",
         "safetensors",
         "tqdm",
+        "typer>=0.29",
+        "rich>=15",
     ],
     extras_require={
         "demo": [*demo, "matplotlib"],
