@@ -38,6 +38,7 @@ from mbq_ao.safetensors_format import (
 
 METHOD = "mbq"
 CHECKSUMS = "mbq_checksums.json"
+REPORT = "mbq_report.json"
 
 
 @dataclass
