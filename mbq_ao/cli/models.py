@@ -30,11 +30,18 @@ def load_config(name: str) -> Any:
     """The model's config. Raises UserError if there is no such model."""
     from transformers import AutoConfig
 
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not Path(name).expanduser().is_dir():
-        raise UserError(f"there is no folder {name}; MODEL is a local folder or a hub id (owner/name)")
+    local_folder(name)
     with loading(name):
         return AutoConfig.from_pretrained(name)
+
+
+def local_folder(name: str) -> Path | None:
+    """The path of a model that is no hub id. Raises UserError if it looks like one and is not there."""
+    if Path(name).exists():
+        return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"there is no folder {name}; MODEL is a local folder or a hub id (owner/name)")
+    return None
 
 
 def load_processor(name: str) -> Any:

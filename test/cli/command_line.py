@@ -22,10 +22,10 @@ def document(*arguments: object) -> Any:
 
 
 def refusal(*arguments: object) -> str:
-    """The one line on stderr of a command that is to fail with exit code 1."""
+    """What a command that is to fail with exit code 1 says."""
     done = invoke(*arguments)
     assert (done.exit_code, done.stdout) == (1, ""), (done.output, done.exception)
     assert isinstance(done.exception, SystemExit)
-    last = done.stderr.splitlines()[-1]
-    assert last.startswith("error: "), done.stderr
-    return last.removeprefix("error: ")
+    _, found, told = f"\n{done.stderr}".rpartition("\nerror: ")
+    assert found, done.stderr
+    return told

@@ -34,7 +34,7 @@ def rounded(llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model with 3-bit weights by plain rounding, in groups of 32, in several shards."""
     model = build_model("llava")
     torchao_quantize_(
-        model, Int3WeightOnlyConfig(group_size=32), lambda m, fqn: ".layers." in fqn and fqn.endswith("proj")
+        model, Int3WeightOnlyConfig(group_size=32), lambda m, fqn: "language_model" in fqn and fqn.endswith("proj")
     )
     folder = tmp_path_factory.mktemp("rounded") / "llava-w3"
     save_pretrained(model, folder, max_shard_size="60KB")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
@@ -97,20 +97,32 @@ def test_experts_of_which_nothing_is_known_are_named(tmp_path: Path) -> None:
         assert invoke("quantize", tmp_path / "full", "--no-data", "-o", tmp_path / "w3").exit_code == 0
 
 
+def one_of_two(rank: int, port: int, arguments: list[object], done: Path) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    result = invoke(*arguments)
+    done.with_suffix(f".{rank}").write_text(result.stdout if result.exit_code == 0 else result.stderr)
+
+
 def test_two_processes_save_what_one_does(llava: Path, tmp_path: Path) -> None:
-    options = [*data_options(llava), "--group-size", 32]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "mbq_ao"]
-    done = subprocess.run(
-        [*command, *map(str, ["quantize", llava, *options, "-o", tmp_path / "two", "--json"])],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["num_weights"] == 14  # one document: the second process prints nothing
-    assert invoke("quantize", llava, *options, "-o", tmp_path / "one").exit_code == 0
+    """As torchrun starts them; only the first prints."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["command_line", "mbq_ao.calibration.mbq", "mbq_ao.pretrained"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["quantize", llava, *data_options(llava), "--group-size", 32, "--json", "-o"]
+    arguments = (port, [*command, tmp_path / "two"], tmp_path / "done")
+    processes = [context.Process(target=one_of_two, args=(rank, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+    shown = (tmp_path / "done.0").read_text()
+    assert json.loads(shown)["num_weights"] == 14 and (tmp_path / "done.1").read_text() == ""
+    document(*command[:-2], "-o", tmp_path / "one")
     assert_same_weights(from_pretrained(tmp_path / "two"), from_pretrained(tmp_path / "one"))
 
 
