@@ -58,7 +58,7 @@ def load_model(name: str, config: Any, *, dtype: str = "auto", device: torch.dev
 
     from mbq_ao.pretrained import from_pretrained
 
-    kwargs: dict[str, Any] = {} if device is None else {"device_map": str(device)}
+    kwargs: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_map": str(device)}
     with loading(name):
         if quantization_method(config) == "mbq":
             kwargs |= {} if dtype == "auto" else {"dtype": dtype}
