@@ -89,8 +89,8 @@ def bench(
         allowed = _allowed_error(measured.dtype, rounds_tokens)
         if not error <= allowed:
             raise UserError(
-                f"{model} computes something else than its unpacked weights: the logits are {error:.1e} apart (relative), "
-                f"of which at most {allowed:g} is rounding. No figures are shown; please report it with your GPU's name"
+                f"{model} computes something else than its unpacked weights: the logits are {error:.1e} apart "
+                f"(relative), and rounding makes at most {allowed:g}. No figures are shown; please report this device"
             )
         if against is None:
             speeds["full precision"] = speed(measured)
