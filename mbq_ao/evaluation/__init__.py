@@ -5,8 +5,8 @@
     image_lm.py     lm-eval's view of a model that sees images
     task_set.py     tasks by name; tasks/: those that come with this package and need no network
     records.py      results on disk, in lm-eval's own files
-    compare.py      several results side by side, with standard errors of the differences
-    bad_cases.py    what was right before and is wrong after, with the images
+    comparison.py   several results side by side, with standard errors of the differences
+    regressions.py  what was right before and is wrong after, with the images
     answers.py      likelihood of given answers, and how far two models differ on them
 
 Needs `pip install "mbq_ao[eval]"`, all but answers.py.
@@ -20,8 +20,8 @@ from typing import Any
 __all__ = ["bad_cases", "compare", "divergence", "evaluate", "list_tasks", "load_results"]
 
 _LAZY = {
-    "bad_cases": "mbq_ao.evaluation.bad_cases",
-    "compare": "mbq_ao.evaluation.compare",
+    "bad_cases": "mbq_ao.evaluation.regressions",
+    "compare": "mbq_ao.evaluation.comparison",
     "divergence": "mbq_ao.evaluation.answers",
     "evaluate": "mbq_ao.evaluation.harness",
     "list_tasks": "mbq_ao.evaluation.task_set",

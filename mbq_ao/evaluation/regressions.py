@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mbq_ao.evaluation.compare import samples_of
+from mbq_ao.evaluation.comparison import samples_of
 from mbq_ao.evaluation.records import Results, load_results
 from mbq_ao.evaluation.task_set import IncludePath, find_tasks, load_tasks, sees_images
 
@@ -36,7 +36,7 @@ def bad_cases(
     Returns what bad_cases.json holds: {"tasks": {task: {"metric", "num_samples", "num_broken", "num_mended"}},
     "cases": [{"task", "doc_id", "prompt", "target", "before", "after", "images"}]}.
 
-    Raises ValueError if there are no samples, or no task that scores questions as right or wrong.
+    Raises ValueError if there are no samples.
     """
     before, after = (r if isinstance(r, dict) else load_results(r) for r in (before, after))
     both = [task for task in before.get("samples") or {} if task in (after.get("samples") or {})]
@@ -73,8 +73,6 @@ def bad_cases(
                     "images": [],
                 }
             )
-    if not counts:
-        raise ValueError(f"none of {', '.join(both)} scores its questions as right or wrong")
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     _save_images(cases, folder, include_path)
@@ -131,6 +129,8 @@ def _save_images(cases: Sequence[dict[str, Any]], folder: Path, include_path: In
 
 def _markdown(record: dict[str, Any]) -> str:
     lines = ["# Right before, wrong after", ""]
+    if not record["tasks"]:
+        lines.append("No task scores its questions as right or wrong.")
     for task, count in record["tasks"].items():
         lines += [
             f"* {task}, {count['metric']}: {count['num_broken']} of {count['num_samples']} questions broken, "
