@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mbq_ao.calibration.batch import IGNORE_INDEX
+from mbq_ao.calibration.batch import IGNORE_INDEX, OWN_KEYS
 
 
 @torch.no_grad()
@@ -26,10 +26,12 @@ def answer_logits(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, T
     """
     inputs: dict[str, Any] = {}
     for name, value in batch.items():
+        if name in OWN_KEYS:
+            continue
         if isinstance(value, Tensor):
             value = value.to(model.device, model.dtype if value.is_floating_point() else None)
         inputs[name] = value
-    labels = inputs.pop("labels")[0, 1:]
+    labels = batch["labels"][0, 1:].to(model.device)
     logits = model(**inputs, use_cache=False).logits[0, :-1]
     return logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
 

@@ -11,6 +11,7 @@ For a mean this is the paired standard error; it holds for perplexities, which a
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lm_eval.utils import handle_non_serializable
 
 from mbq_ao.evaluation.records import Results, load_results
 
@@ -148,10 +150,15 @@ def _check_same_questions(task: str, loaded: Sequence[Results]) -> None:
     versions = [r.get("versions", {}).get(task) for r in loaded]
     if len(set(map(str, versions))) > 1:
         raise ValueError(f"{task} was asked in the versions {', '.join(map(str, versions))}: evaluate all with one")
-    asked = [{row["doc_id"]: row["doc_hash"] for row in r.get("samples", {}).get(task, [])} for r in loaded]
-    asked = [hashes for hashes in asked if hashes]
-    if any(hashes != asked[0] for hashes in asked[1:]):
+    asked = [{row["doc_id"]: _fingerprint(row["doc"]) for row in r.get("samples", {}).get(task, [])} for r in loaded]
+    asked = [docs for docs in asked if docs]
+    if any(docs != asked[0] for docs in asked[1:]):
         raise ValueError(f"{task} was asked with other questions in some of the results: evaluate with the same data")
+
+
+def _fingerprint(doc: Any) -> str:
+    # Not lm-eval's doc_hash, which depends on where in memory an image lies.
+    return json.dumps(doc, sort_keys=True, default=handle_non_serializable)
 
 
 def _rows(task: str, loaded: Sequence[Results]) -> list[Row]:

@@ -9,7 +9,6 @@ Two runs of lm-eval rather than one, since a run has one kind of model and one c
 from __future__ import annotations
 
 import copy
-import logging
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -28,12 +27,9 @@ from mbq_ao.calibration.labels import chat_template_of, tokenizer_of
 from mbq_ao.evaluation.image_lm import ImageTextLM
 from mbq_ao.evaluation.load import load, nbytes
 from mbq_ao.evaluation.records import Results, save_results, tracker_of
-from mbq_ao.evaluation.task_set import IncludePath, find_tasks, load_tasks, sees_images
+from mbq_ao.evaluation.task_set import IncludePath, find_tasks, load_tasks, quiet, sees_images
 from mbq_ao.packed_weight import PackedWeight
 
-# What lm-eval warns of whenever a model is passed as an object, or a task has its data beside it.
-_NOISE = ("`pretrained` model kwarg is not", "Passed an already-initialized model", "Custom kwargs can be passed")
-_LOGGERS = ("lm_eval.models.huggingface", "lm_eval.api.task")
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
 
@@ -96,7 +92,7 @@ def evaluate(
         chat = dict.fromkeys(chat, apply_chat_template)
     parts = []
     for kind, roots in runs.items():
-        with _quiet(), _language_model(kind, model, processor, batch_size, max_length) as lm:
+        with quiet(), _language_model(kind, model, processor, batch_size, max_length) as lm:
             part = lm_eval.simple_evaluate(
                 lm,
                 tasks=roots,
@@ -152,13 +148,12 @@ def _runs(
     """What each kind of model is to run, and of every task whether it has images."""
     runs: dict[type[HFLM], list[Any]] = {}
     seeing: dict[str, bool] = {}
-    with _quiet():
-        for asked, (roots, found) in load_tasks(names, manager).items():
-            kinds = {task: sees_images(entry) for task, entry in found.items()}
-            if len(set(kinds.values())) > 1:
-                raise ValueError(f"{asked} has tasks with and without images: name its tasks one by one")
-            runs.setdefault(ImageTextLM if any(kinds.values()) else HFLM, []).extend(roots)
-            seeing |= kinds
+    for asked, (roots, found) in load_tasks(names, manager).items():
+        kinds = {task: sees_images(entry) for task, entry in found.items()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"{asked} has tasks with and without images: name its tasks one by one")
+        runs.setdefault(ImageTextLM if any(kinds.values()) else HFLM, []).extend(roots)
+        seeing |= kinds
     if any(seeing.values()) and not hasattr(processor, "image_processor"):
         raise ValueError(
             f"{', '.join(task for task in seeing if seeing[task])}: questions about images, but "
@@ -202,18 +197,3 @@ def _quantization(model: PreTrainedModel) -> dict[str, Any] | None:
     settings = config if isinstance(config, dict) else config.to_dict() if config is not None else {}
     weights = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     return {"weights": weights, "settings": {key: value for key, value in settings.items() if key != "parameters"}}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    def is_news(record: logging.LogRecord) -> bool:
-        return not any(noise in record.getMessage() for noise in _NOISE)
-
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    for logger in loggers:
-        logger.addFilter(is_news)
-    try:
-        yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(is_news)

@@ -54,12 +54,12 @@ def bad_cases(
         old, new = samples_of(before, task, name), samples_of(after, task, name)
         shared = sorted(old.keys() & new.keys())
         broken = [number for number in shared if old[number][metric] == 1 and new[number][metric] == 0]
-        mended = sum(old[number][metric] == 0 and new[number][metric] == 1 for number in shared)
+        mended = [number for number in shared if old[number][metric] == 0 and new[number][metric] == 1]
         counts[task] = {
             "metric": metric,
             "num_samples": len(shared),
             "num_broken": len(broken),
-            "num_mended": mended,
+            "num_mended": len(mended),
         }
         for number in broken:
             cases.append(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,9 @@ from lm_eval.api.task import Task
 from lm_eval.tasks import TaskManager
 
 TASKS = Path(__file__).with_name("tasks")
+# What lm-eval warns of whenever a task has its data beside it, or a model is passed as an object.
+_NOISE = ("Custom kwargs can be passed", "`pretrained` model kwarg is not", "Passed an already-initialized model")
+_LOGGERS = ("lm_eval.api.task", "lm_eval.models.huggingface")
 IncludePath = str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None
 
 
@@ -66,7 +71,8 @@ def load_tasks(names: Sequence[str], manager: TaskManager) -> dict[str, tuple[li
     """For each name what lm-eval is to run, and the tasks in that by their names. Reads or downloads their data."""
     found = {}
     for name in names:
-        loaded = manager.load([name])
+        with quiet():
+            loaded = manager.load([name])
         children = {child for group in loaded.get("group_map", {}).values() for child in group}
         roots: list[Any] = [group for key, group in loaded.get("groups", {}).items() if key not in children]
         found[name] = roots or list(loaded["tasks"].values()), loaded["tasks"]
@@ -78,3 +84,20 @@ def sees_images(task: Task) -> bool:
     if task.get_config("doc_to_audio"):
         raise ValueError(f"the task {task.task_name} has sounds, evaluate takes tasks of text and images: leave it out")
     return bool(task.get_config("doc_to_image"))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without those of lm-eval's warnings that do not concern the user of this package."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not any(noise in record.getMessage() for noise in _NOISE)
+
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    for logger in loggers:
+        logger.addFilter(is_news)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(is_news)
