@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 import mbq_ao
 from mbq_ao.calibration.labels import chat_template_of, tokenizer_of
 from mbq_ao.evaluation.image_lm import ImageTextLM
-from mbq_ao.evaluation.load import load, nbytes
+from mbq_ao.evaluation.load import load
 from mbq_ao.evaluation.records import Results, save_results, tracker_of
 from mbq_ao.evaluation.task_set import IncludePath, find_tasks, load_tasks, quiet, sees_images
-from mbq_ao.packed_weight import PackedWeight
+from mbq_ao.packed_weight import PackedWeight, parameter_nbytes
 
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
@@ -115,7 +115,7 @@ def evaluate(
     results["mbq_ao"] = {
         "version": mbq_ao.__version__,
         "model": type(model).__name__,
-        "nbytes": nbytes(model),
+        "nbytes": parameter_nbytes(model),
         "quantization": _quantization(model),
         "chat_template_applied": {task: chat[ImageTextLM if sees else HFLM] for task, sees in seeing.items()},
         "seconds": time.perf_counter() - began,
@@ -137,7 +137,7 @@ def _loaded(name: str | None, model: Any, processor: Any, device: Any, dtype: An
         return name or model.config._name_or_path or type(model).__name__, model, processor
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"model must be a transformers model, a path or a hub name, got {type(model).__name__}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {"device_map": device} if dtype is None else {"device_map": device, "dtype": dtype}
     return name or os.fspath(model), *load(model, processor, **options)
 

@@ -10,15 +10,12 @@ from typing import Any
 
 import pytest
 import typer
+from command_line import invoke
 from typer.testing import CliRunner, Result
 
 import mbq_ao
 from mbq_ao.cli import app
 from mbq_ao.cli.console import Json, UserError, as_command
-
-
-def invoke(*arguments: str) -> Result:
-    return CliRunner().invoke(app, list(arguments))
 
 
 def mbq_ao_process(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
