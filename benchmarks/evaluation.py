@@ -3,7 +3,7 @@
     python benchmarks/evaluation.py --limit 100
 
 Writes lm-eval's JSON of each, without samples, to results/lm_eval_demo_{fp,rtn,mbq}.json, and the comparison, with
-paired standard errors, to results/lm_eval_demo.md. The quantized models are saved and evaluated as checkpoints, by path.
+paired standard errors, to results/lm_eval_demo.md. The quantized models are saved and evaluated as checkpoints.
 """
 
 from __future__ import annotations

@@ -169,6 +169,8 @@ def _language_model(
     """lm-eval's view of a model, which is in its former mode again afterwards."""
     # lm-eval sets padding sides and padding tokens.
     processor, training = copy.deepcopy(processor), model.training
+    # It also ties the weights again, which would put the embedding in the place of a quantized lm_head.
+    model.tie_weights = lambda *args, **kwargs: None
     options = {"backend": "causal", "batch_size": batch_size, "max_length": max_length}
     try:
         if kind is ImageTextLM:
@@ -176,6 +178,7 @@ def _language_model(
         else:
             yield HFLM(model, tokenizer=tokenizer_of(processor), **options)
     finally:
+        del model.tie_weights
         model.train(training)
 
 
