@@ -107,6 +107,7 @@ def save_pretrained(
         if report is not None:
             report.to_json(staging / REPORT)
         for file in staging.iterdir():
+            file.chmod(0o666 & ~_umask())  # safetensors makes its own private
             _sync(file)
         _publish(staging, target)
     finally:

@@ -125,7 +125,7 @@ def read_headers(files: Sequence[Path]) -> tuple[list[StoredWeight], dict[str, S
         module, _, last = key.rpartition(".")
         parameter = last.removeprefix("_").removesuffix("_qdata")
         weights.append(_weight(f"{module}.{parameter}".removeprefix("."), tensors, described))
-    return weights, tensors
+    return sorted(weights, key=lambda weight: _natural(weight.name)), tensors
 
 
 def statistics(weight: StoredWeight) -> WeightStatistics:
@@ -147,6 +147,11 @@ def statistics(weight: StoredWeight) -> WeightStatistics:
         zero_scales=(scale == 0).float().mean().item(),
         bad_scales=scale.numel() - finite.numel(),
     )
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """To sort by: layer 2 before layer 10."""
+    return [(word.isdigit(), int(word) if word.isdigit() else 0, word) for word in name.split(".")]
 
 
 def _header(path: Path) -> dict[str, StoredTensor]:
