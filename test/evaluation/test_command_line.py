@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from evaluation_models import save_tiny_vlm
+from evaluation_models import save_tiny_vlm, tiny_vlm
 from typer.testing import CliRunner, Result
 
 pytest.importorskip("lm_eval", reason='EVALUATION IS NOT TESTED: pip install "mbq_ao[eval]"')
@@ -49,13 +49,15 @@ def test_usage() -> None:
     assert bad.stderr.startswith("error: limit must be a number of questions")
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f'THE DEMO VLM IS NOT TESTED, no {MISSING}: pip install "mbq_ao[demo]"')
-def test_demo_vlm() -> None:
-    done = invoke("demo", "--tasks", "easy_vqa,easy_vqa_nll", "--limit", "3", "--device", "cpu", "--json")
+def test_demo_is_a_model_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the demo VLM itself is asked through in test/demo."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mbq_ao.demo.model.build_demo_vlm", lambda dtype: tiny_vlm())
+    done = invoke("demo", "--tasks", "easy_vqa_nll", "--limit", "1", "--device", "cpu", "--json")
     assert done.exit_code == 0, done.output
-    rows = {row["metric"]: row["scores"][0]["value"] for row in json.loads(done.stdout)["comparison"]["rows"]}
-    assert rows["exact_match,none"] == rows["acc,none"] == 1.0
-    assert 0 < rows["nll,none"] < 0.1
+    assert json.loads(done.stdout)["comparison"]["models"] == ["demo"]
+    (tmp_path / "demo").mkdir()  # a folder of that name is meant
+    assert invoke("demo", "--limit", "1").exit_code == 1
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"THE DATA OF easy_vqa IS NOT TESTED, no {MISSING}")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from evaluation_models import save_tiny_vlm, tiny_vlm
 from models import assert_nothing_left, build_model
-from processors import PROCESSORS, build_processor, build_tokenizer
+from processors import build_processor, build_tokenizer
 from torch import Tensor
 
 pytest.importorskip("lm_eval", reason='EVALUATION IS NOT TESTED: pip install "mbq_ao[eval]"')
@@ -83,7 +83,7 @@ def test_scores_are_those_computed_by_hand() -> None:
     )
 
 
-@pytest.mark.parametrize("family", sorted(PROCESSORS.keys() - {"llava"}))
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
 def test_families(family: str) -> None:
     """Prompts of two different images in one batch are answered as one by one; their likelihoods can be computed."""
     model, processor = build_model(family), build_processor(family)
