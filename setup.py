@@ -10,7 +10,7 @@ demo = [
     "pillow",
     "accelerate",
 ]
-evaluation = ["lm-eval>=0.4.9", "datasets"]
+evaluation = ["lm-eval>=0.4.13", "datasets>=5.2", "accelerate", "pillow"]
 docs = ["jupytext", "nbmake", "ipykernel"]
 dev = ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "triton"]
 
@@ -29,7 +29,11 @@ setup(
         "torch.backends": ["mbq_ao = _mbq_ao_autoload:install"],
         "console_scripts": ["mbq-ao = mbq_ao.cli:app"],
     },
-    package_data={"mbq_ao": ["py.typed"], "mbq_ao.demo": ["*.safetensors"]},
+    package_data={
+        "mbq_ao": ["py.typed"],
+        "mbq_ao.demo": ["*.safetensors"],
+        "mbq_ao.evaluation.tasks": ["*.yaml", "*.parquet", "*.md"],
+    },
     # The lower bounds are the versions the tests have been run with, not guesses.
     install_requires=[
         "torch>=2.13",

@@ -20,6 +20,7 @@ The tree, and which way imports go (each line imports only from lines above it):
     safetensors_format.py  quantized weights in safetensors files: the checkpoint format
     generation.py          compiled `model.generate`
     hf_quantizer.py        quant_method "mbq" of transformers; pretrained.py: save_pretrained, from_pretrained
+    evaluation/            lm-eval's tasks and a few offline ones, on quantized models; comparisons
     demo/                  a real small vision-language model
     cli/                   the command line, `mbq-ao` and `python -m mbq_ao`
 """
@@ -64,6 +65,7 @@ __all__ = [
     "calibration_data",
     "compile_for_generation",
     "compile_options",
+    "evaluate",
     "from_pretrained",
     "fuse_linears_",
     "load_safetensors",
@@ -89,6 +91,7 @@ _LAZY = {
     "calibration_data": "mbq_ao.calibration.data",
     "compile_for_generation": "mbq_ao.generation",
     "compile_options": "mbq_ao.fuse_linears",
+    "evaluate": "mbq_ao.evaluation",
     "from_pretrained": "mbq_ao.pretrained",
     "fuse_linears_": "mbq_ao.fuse_linears",
     "load_safetensors": "mbq_ao.safetensors_format",
