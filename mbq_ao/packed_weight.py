@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
-from mbq_ao import packed_shapes
+from mbq_ao import packed_shapes, packed_shards
 from mbq_ao.quant_primitives import num_groups
 
 aten = torch.ops.aten
@@ -32,8 +32,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class PackedWeight(TorchAOBaseTensor):
     """A (N, K) or (E, N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
 
-    A subclass names its data, checks it in __new__, and has from_hp, _quantize, _dequantize, _linear, _grouped_mm and
-    _rows.
+    A subclass names its data, checks it in __new__, and has from_hp, _quantize, _dequantize, _linear, _grouped_mm,
+    _rows, _pack and _unpack.
     """
 
     tensor_attribute_names = ["block_size", "shape"]  # noqa: RUF012
@@ -48,6 +48,9 @@ class PackedWeight(TorchAOBaseTensor):
     block_size: list[int]
     act_pre_scale: Tensor | None
     transposed: bool
+
+    _pack: ClassVar[Callable[[Tensor], Tensor]]  # the integers (N, K) -> qdata
+    _unpack: ClassVar[Callable[[Tensor, int, int], Tensor]]  # and back, of qdata, N and K
 
     @classmethod
     def from_hp(cls, w: Tensor, group_size: int | None, act_pre_scale: Tensor | None = None) -> Self:
@@ -299,5 +302,5 @@ def _contiguous(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any)
     return args[0]._apply_fn_to_data(lambda t: t.contiguous())
 
 
-for _ops, _handler in packed_shapes.HANDLERS:
+for _ops, _handler in packed_shapes.HANDLERS + packed_shards.HANDLERS:
     PackedWeight.implements(_ops)(_handler)
