@@ -8,6 +8,7 @@ and where the package is installed with pip so does `import torch` (_mbq_ao_auto
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -35,7 +36,13 @@ from mbq_ao.safetensors_format import (
     flatten_weights,
     opened,
 )
-from mbq_ao.tensor_parallel import local_weight, shard_later, shard_of, shard_the_rest
+from mbq_ao.tensor_parallel import (
+    is_sharded,
+    local_weight,
+    shard_later,
+    shard_of,
+    shard_the_rest,
+)
 
 METHOD = "mbq"
 CHECKSUMS = "mbq_checksums.json"
@@ -179,6 +186,12 @@ class MBQHfQuantizer(HfQuantizer):
             c for c in conversions if not any(isinstance(op, _Assemble) for op in getattr(c, "operations", ()))
         ]
         shard_the_rest(model)
+        if self.parallel and not any(is_sharded(p) for p in model.parameters()):
+            warnings.warn(
+                f"the tp_plan of {type(model).__name__} shards none of the quantized weights, so that every rank holds "
+                "all of them: give rules for its layers, DistributedConfig(tp_plan={...}), see docs/parallel.md",
+                stacklevel=2,
+            )
         found, expected = len(packed_weights(model)), self.quantization_config.num_weights
         if expected is not None and found != expected:
             raise ValueError(

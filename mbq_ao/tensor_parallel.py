@@ -94,3 +94,18 @@ def local_weight(parameter: Tensor) -> PackedWeight | None:
     if isinstance(parameter, DTensor):
         parameter = parameter._local_tensor
     return parameter if isinstance(parameter, PackedWeight) else None
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether a parameter is a packed weight of which this rank has a part, or a copy, as a DTensor."""
+    return isinstance(parameter, DTensor) and local_weight(parameter) is not None
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise ValueError for a tensor parallel model: its quantized weights cannot be joined for saving."""
+    name = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
+    if name is not None:
+        raise ValueError(
+            f"{name} is a part of a quantized weight, the others are on other ranks, and parts are not joined for "
+            "saving: save the model before parallelize_module, or load its checkpoint in one process and save that"
+        )
