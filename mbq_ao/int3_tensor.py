@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mbq_ao import packed_products  # noqa: F401  (registers them for PackedWeight)
 from mbq_ao.kernels import expert_ops, int3_ops  # noqa: F401  (registers torch.ops.mbq_ao)
-from mbq_ao.kernels.int3_layout import TILE_K, TILE_N, check_qdata, pack_int3, unpack_int3_rows
+from mbq_ao.kernels.int3_layout import TILE_K, TILE_N, check_qdata, pack_int3, unpack_int3, unpack_int3_rows
 from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, checked_group_size, plain_shape
 from mbq_ao.quant_primitives import (
     by_row_slabs,
@@ -43,6 +43,7 @@ class MBQInt3Tensor(PackedWeight):
 
     tensor_data_names = ["qdata", "scale", "zero_point"]  # noqa: RUF012
     TILE_N, TILE_K = TILE_N, TILE_K
+    _pack, _unpack = staticmethod(pack_int3), staticmethod(unpack_int3)
 
     zero_point: Tensor
 

@@ -1,9 +1,9 @@
 """Slicing, splitting, joining and transposing a PackedWeight: how it is sharded; and picking experts out of a 3-D one.
 
 A slice is a view: of whole tiles of the packed data (TILE_N rows or TILE_K columns), and of whole groups of scales.
-Where the weight's own size is not a multiple of these, the last slice is short. Everything else raises ValueError
-with the rule; only dequantizing could serve it. Experts are entries of their own in all data, so along them any slice
-and any index will do. packed_weight.py registers the handlers below.
+Where the weight's own size is not a multiple of these, the last slice is short. Every other slice raises ValueError
+with the rule, and split copies (packed_shards.py). Experts are entries of their own in all data, so along them any
+slice and any index will do. packed_weight.py registers the handlers below.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
+from mbq_ao.packed_shards import repacked_parts, repacked_rows
 from mbq_ao.quant_primitives import num_groups
 
 if TYPE_CHECKING:
@@ -31,6 +32,16 @@ def _wrapped_dim(w: PackedWeight, dim: int) -> int:
     return dim % w.dim()
 
 
+def _slice_unit(w: PackedWeight, dim: int) -> int:
+    """A view begins and ends at multiples of so many experts, rows or columns. `dim` is of the tensor as it is seen."""
+    rows, columns = (w.dim() - 1, w.dim() - 2) if w.transposed else (w.dim() - 2, w.dim() - 1)
+    if dim == rows:
+        return w.TILE_N
+    if dim == columns:
+        return w.TILE_K if w.group_size >= w.in_features else math.lcm(w.TILE_K, w.group_size)
+    return 1
+
+
 def _slice(w: PackedWeight, dim: int, start: int, end: int) -> PackedWeight:
     """Experts, rows or columns start..end, as views of the data. `dim` is of the tensor as it is seen."""
     size, shape = w.shape[dim], list(w.shape)
@@ -38,11 +49,11 @@ def _slice(w: PackedWeight, dim: int, start: int, end: int) -> PackedWeight:
     rows, columns = w.dim() - 2, w.dim() - 1
     if dim < rows:
         return _experts(w, slice(start, end))
+    unit, g = _slice_unit(w, dim), w.group_size
     if w.transposed:
         dim = rows + columns - dim
-    per_row = dim == columns and w.group_size >= size  # then every slice of columns has the row's scale
-    g, tile = w.group_size, w.TILE_N if dim == rows else w.TILE_K
-    unit = tile if dim == rows or per_row else math.lcm(tile, g)
+    per_row = dim == columns and g >= size  # then every slice of columns has the row's scale
+    tile = w.TILE_N if dim == rows else w.TILE_K
     if (start % unit and start != size) or (end % unit and end != size):
         raise ValueError(
             f"a slice of an {type(w).__name__} must begin and end at a multiple of {unit} "
@@ -103,6 +114,9 @@ def split_weight(func: Any, types: Any, args: Any, kwargs: Any) -> tuple[PackedW
         bounds = [sum(sizes[:i]) for i in range(len(sizes) + 1)]
     if bounds[-1] != w.shape[dim]:
         raise ValueError(f"split sizes must sum to {w.shape[dim]}, got {sizes}")
+    unit = _slice_unit(w, dim)
+    if any(bound % unit for bound in bounds if bound != w.shape[dim]):
+        return repacked_parts(w, dim, bounds)
     return tuple(_slice(w, dim, start, end) for start, end in pairwise(bounds))
 
 
@@ -157,17 +171,17 @@ def cat_weights(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
     first = parts[0]
     dim = _wrapped_dim(first, args[1] if len(args) > 1 else kwargs.get("dim", 0))
     rows, columns = first.dim() - 2, first.dim() - 1
-    unit = {rows: first.TILE_N, columns: math.lcm(first.TILE_K, first.group_size)}.get(dim, 1)
+    unit = math.lcm(first.TILE_K, first.group_size) if dim == columns else 1
     if any(w.shape[dim] % unit for w in parts[:-1]) or any(
         _without(w.shape, dim) != _without(first.shape, dim)
         or w.block_size != first.block_size
         or w.dtype != first.dtype
         for w in parts
     ):
+        whole = f", and every part but the last a multiple of {unit}" if unit > 1 else ""
         raise ValueError(
             f"concatenating {type(first).__name__}s along dimension {dim} needs one group size and dtype, equal other "
-            f"dimensions, and every part but the last a multiple of {unit}, got "
-            f"{', '.join(w._quantization_type() for w in parts)}"
+            f"dimensions{whole}, got {', '.join(w._quantization_type() for w in parts)}"
         )
     scales = [w.act_pre_scale for w in parts]
     act_pre_scale = scales[0]
@@ -179,7 +193,11 @@ def cat_weights(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
         )
     shape = list(first.shape)
     shape[dim] = sum(w.shape[dim] for w in parts)
-    data = {name: torch.cat([getattr(w, name) for w in parts], dim) for name in first.tensor_data_names}
+    names = first.tensor_data_names
+    data = {}
+    if dim == rows and any(w.shape[dim] % first.TILE_N for w in parts[:-1]):
+        data, names = {"qdata": repacked_rows(parts)}, [name for name in names if name != "qdata"]
+    data |= {name: torch.cat([getattr(w, name) for w in parts], dim) for name in names}
     return first._replace(**data, shape=shape, act_pre_scale=act_pre_scale)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
-from mbq_ao import packed_shapes
+from mbq_ao import packed_shapes, packed_shards
 from mbq_ao.quant_primitives import num_groups
 
 aten = torch.ops.aten
@@ -29,11 +29,20 @@ GROUP_SIZES = (32, 64, 128, None)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class PackedWeight(TorchAOBaseTensor):
+class _PackedWeightType(type(TorchAOBaseTensor)):  # type: ignore[misc]
+    """Lets accelerate offload: of what it moved it makes a parameter by `type(parameter)(value, requires_grad=...)`."""
+
+    def __call__(cls, *args: Any, requires_grad: bool | None = None, **kwargs: Any) -> Any:
+        if requires_grad is None:
+            return super().__call__(*args, **kwargs)
+        return nn.Parameter(*args, requires_grad=requires_grad)
+
+
+class PackedWeight(TorchAOBaseTensor, metaclass=_PackedWeightType):
     """A (N, K) or (E, N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
 
-    A subclass names its data, checks it in __new__, and has from_hp, _quantize, _dequantize, _linear, _grouped_mm and
-    _rows.
+    A subclass names its data, checks it in __new__, and has from_hp, _quantize, _dequantize, _linear, _grouped_mm,
+    _rows, _pack and _unpack.
     """
 
     tensor_attribute_names = ["block_size", "shape"]  # noqa: RUF012
@@ -57,6 +66,16 @@ class PackedWeight(TorchAOBaseTensor):
     @classmethod
     def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
         """The data of a (N, K) weight, in the order of tensor_data_names."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _pack(q: Tensor) -> Tensor:
+        """The integers (N, K) -> qdata."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _unpack(qdata: Tensor, n: int, k: int) -> Tensor:
+        """qdata of a (n, k) weight -> the integers."""
         raise NotImplementedError
 
     def _dequantize(self) -> Tensor:
@@ -307,5 +326,5 @@ def _contiguous(func: Callable[..., Tensor], types: Any, args: Any, kwargs: Any)
     return args[0]._apply_fn_to_data(lambda t: t.contiguous())
 
 
-for _ops, _handler in packed_shapes.HANDLERS:
+for _ops, _handler in packed_shapes.HANDLERS + packed_shards.HANDLERS:
     PackedWeight.implements(_ops)(_handler)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mbq_ao import packed_products  # noqa: F401  (registers them for PackedWeight)
 from mbq_ao.kernels import expert_ops, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
-from mbq_ao.kernels.int4_layout import TILE_K, TILE_N, check_int4_qdata, pack_int4, unpack_int4_rows
+from mbq_ao.kernels.int4_layout import TILE_K, TILE_N, check_int4_qdata, pack_int4, unpack_int4, unpack_int4_rows
 from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, plain_shape
 from mbq_ao.quant_primitives import by_row_slabs, choose_scale_symmetric, dequantize_affine, quantize_symmetric
 
@@ -36,6 +36,7 @@ class MBQW4A8Tensor(PackedWeight):
 
     tensor_data_names = ["qdata", "scale"]  # noqa: RUF012
     TILE_N, TILE_K = TILE_N, TILE_K
+    _pack, _unpack = staticmethod(pack_int4), staticmethod(unpack_int4)
 
     def __new__(
         cls,
