@@ -20,6 +20,7 @@ The tree, and which way imports go (each line imports only from lines above it):
     safetensors_format.py  quantized weights in safetensors files: the checkpoint format
     generation.py          compiled `model.generate`
     hf_quantizer.py        quant_method "mbq" of transformers; pretrained.py: save_pretrained, from_pretrained
+    interchange/           checkpoints of other libraries (GPTQ, AWQ, torchao), in and out
     demo/                  a real small vision-language model, and `python -m mbq_ao demo`
 """
 
@@ -50,11 +51,14 @@ __all__ = [
     "compile_options",
     "from_pretrained",
     "fuse_linears_",
+    "import_checkpoint",
     "load_safetensors",
     "mbq_config",
     "quantize_",
+    "register_with_torchao",
     "save_pretrained",
     "save_safetensors",
+    "save_torchao",
     "tune",
     "unfuse_linears_",
 ]
@@ -69,9 +73,12 @@ _LAZY = {
     "compile_options": "mbq_ao.fuse_linears",
     "from_pretrained": "mbq_ao.pretrained",
     "fuse_linears_": "mbq_ao.fuse_linears",
+    "import_checkpoint": "mbq_ao.interchange.load",
     "load_safetensors": "mbq_ao.safetensors_format",
+    "register_with_torchao": "mbq_ao.interchange.torchao_checkpoint",
     "save_pretrained": "mbq_ao.pretrained",
     "save_safetensors": "mbq_ao.safetensors_format",
+    "save_torchao": "mbq_ao.interchange.torchao_checkpoint",
     "tune": "mbq_ao.tuning",
     "unfuse_linears_": "mbq_ao.fuse_linears",
 }

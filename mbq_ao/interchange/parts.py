@@ -1,0 +1,63 @@
+"""Checks on what a checkpoint of another library says and holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbq_ao.interchange.bits import fields_per_block
+
+
+def check_bits(bits: Any, allowed: Sequence[int], of: str = "the checkpoint") -> int:
+    """bits, if it is one of `allowed`; ValueError otherwise."""
+    if bits not in allowed or isinstance(bits, bool):
+        raise ValueError(
+            f"{of} has {bits} bits a weight; {' or '.join(map(str, allowed))} can be imported. Quantize the original "
+            "model with mbq_ao.quantize_ instead"
+        )
+    return int(bits)
+
+
+def check_group_size(group_size: Any) -> int | None:
+    """The group size, None for -1, one group a row; ValueError if it is neither a positive number nor -1."""
+    if group_size == -1:
+        return None
+    if not isinstance(group_size, int) or isinstance(group_size, bool) or group_size < 1:
+        raise ValueError(f"group_size must be a positive number, or -1 for one group a row, got {group_size!r}")
+    return group_size
+
+
+def check_parts(name: str, parts: Mapping[str, Tensor], needed: Sequence[str]) -> None:
+    """Raise ValueError unless all `needed` parts of the weight are there."""
+    missing = [part for part in needed if part not in parts]
+    if missing:
+        raise ValueError(
+            f"the checkpoint is incomplete: of {name} it has {', '.join(sorted(parts))} but no {', '.join(missing)}"
+        )
+
+
+def check_whole_words(name: str, bits: int, **sizes: int) -> None:
+    """Raise ValueError unless each of the sizes fills a whole number of words."""
+    for size_name, size in sizes.items():
+        if size % fields_per_block(bits):
+            raise ValueError(
+                f"{name} has {size_name} = {size}, and codes of {bits} bits are packed {fields_per_block(bits)} at a "
+                "time; the checkpoint is of another architecture, or padded, which is not imported"
+            )
+
+
+def check_part(name: str, part: str, tensor: Tensor, kind: str, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless the tensor has this shape and is "int32", or "float": 16 or 32 bits, and finite."""
+    is_kind = tensor.dtype == torch.int32
+    if kind == "float":
+        is_kind = tensor.dtype in (torch.float16, torch.bfloat16, torch.float32)
+    if tuple(tensor.shape) != shape or not is_kind:
+        raise ValueError(
+            f"{part} of {name} must be {kind} {shape}, got {tensor.dtype} {tuple(tensor.shape)}; the checkpoint is "
+            "damaged, or of another architecture"
+        )
+    if kind == "float" and not tensor.isfinite().all():
+        raise ValueError(f"{part} of {name} holds NaN or infinite values; the checkpoint is damaged")
