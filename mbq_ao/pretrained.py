@@ -20,6 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from mbq_ao.hf_quantizer import (
     CHECKSUMS,
@@ -119,6 +120,22 @@ def complete_or_not_at_all(save_directory: str | os.PathLike[str]) -> Iterator[P
             _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def saved_as(model: PreTrainedModel, quantizer: HfQuantizer) -> Iterator[None]:
+    """Inside, transformers' `save_pretrained` writes the model by this quantizer and its config."""
+    config, before = model.config, getattr(model, "hf_quantizer", None)
+    config_before = getattr(config, "quantization_config", None)
+    model.hf_quantizer, config.quantization_config = quantizer, quantizer.quantization_config
+    try:
+        yield
+    finally:
+        model.hf_quantizer, config.quantization_config = before, config_before
+        if before is None:
+            del model.hf_quantizer
+        if config_before is None:
+            del config.quantization_config
 
 
 def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints, as AutoGPTQ, GPTQModel and transformers write them.
+"""GPTQ's packing, as AutoGPTQ, GPTQModel and transformers write them.
 
 A linear of N outputs and K inputs has, instead of its weight,
 
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mbq_ao.interchange.affine import AffineWeight
-from mbq_ao.interchange.bits import unpack_bits
+from mbq_ao.interchange.affine import AffineWeight, InexactError
+from mbq_ao.interchange.bits import pack_bits, unpack_bits
 from mbq_ao.interchange.parts import check_bits, check_group_size, check_part, check_parts, check_whole_words
 
 _MINUS_ONE = {"gptq": True, "gptq_v2": False}  # whether zero points are stored so
@@ -90,3 +90,22 @@ class GPTQFormat:
         if bits == 4:
             return unpack_bits(qzeros.to(torch.int64) + _ONES, bits)
         return (unpack_bits(qzeros, bits) + 1) & (2**bits - 1)
+
+
+def pack_gptq_v2(weight: AffineWeight) -> dict[str, Tensor]:
+    """The parts of a weight. Raises InexactError, naming it, if it has no exact form there."""
+    check_whole_words(weight.name, weight.bits, out_features=len(weight.codes), in_features=len(weight.group_of))
+    if weight.act_pre_scale is not None:
+        raise InexactError(f"{weight.name} has an act_pre_scale, for which GPTQ has no place")
+    scales = weight.scale.to(torch.float16)
+    if not torch.equal(scales.to(weight.scale.dtype), weight.scale):
+        raise InexactError(
+            f"the scales of {weight.name} are {weight.scale.dtype}, and float16 does not hold them exactly; "
+            "quantize the model in float16 or bfloat16"
+        )
+    return {
+        "qweight": pack_bits(weight.codes.t(), weight.bits).contiguous(),
+        "qzeros": pack_bits(weight.zero_point, weight.bits).t().contiguous(),
+        "scales": scales.t().contiguous(),
+        "g_idx": weight.group_of.to(torch.int32),
+    }

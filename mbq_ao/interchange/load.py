@@ -72,6 +72,7 @@ def import_checkpoint(
     settings = _quantization_settings(config, name_or_path, kwargs)
     method = settings["quant_method"]
     if method == "torchao":
+        config.quantization_config = settings
         return _import_torchao(name_or_path, config, precision, requantize, kwargs)
     if method not in _FORMATS:
         raise ValueError(

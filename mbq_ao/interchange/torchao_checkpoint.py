@@ -25,7 +25,7 @@ from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 from mbq_ao.hf_quantizer import packed_weights
 from mbq_ao.interchange.torchao import STOCK_TENSORS, config_of, to_stock
 from mbq_ao.packed_weight import PackedWeight
-from mbq_ao.pretrained import complete_or_not_at_all
+from mbq_ao.pretrained import complete_or_not_at_all, saved_as
 from mbq_ao.safetensors_format import WEIGHT_TYPES
 
 TESTED = "0.18"
@@ -72,18 +72,11 @@ def save_torchao(
         raise ValueError(f"this {type(model).__name__} has no quantized weights of ours: call mbq_ao.quantize_ first")
     if not stock:
         register_with_torchao()
-    config, quantizer = model.config, getattr(model, "hf_quantizer", None)
-    own = getattr(config, "quantization_config", None)
     with complete_or_not_at_all(save_directory) as staging:
-        try:
-            config.quantization_config = _torchao_config(model, weights, stock)
-            model.hf_quantizer = _Writer(config.quantization_config, stock)
+        writer = _Writer(_torchao_config(model, weights, stock), stock)
+        with saved_as(model, writer):
             # Names as the model has them: those of the metadata are, and vLLM compares the two.
             type(model).save_pretrained(model, staging, **{"save_original_format": False, **kwargs})
-        finally:
-            config.quantization_config, model.hf_quantizer = own, quantizer
-            if own is None:
-                del config.quantization_config, model.hf_quantizer
 
 
 def attach_torchao(model: PreTrainedModel) -> None:
