@@ -16,9 +16,9 @@ from mbq_ao.hf_quantizer import packed_weights
 from mbq_ao.int3_tensor import MBQInt3Tensor
 from mbq_ao.interchange.affine import AffineWeight
 from mbq_ao.interchange.gptq import pack_gptq_v2
+from mbq_ao.interchange.parts import common_group_size, has_groups_of
 from mbq_ao.packed_weight import PackedWeight
 from mbq_ao.pretrained import complete_or_not_at_all, saved_as
-from mbq_ao.quant_primitives import num_groups
 
 
 def save_gptq(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -34,18 +34,16 @@ def save_gptq(model: PreTrainedModel, save_directory: str | os.PathLike[str], **
     weights = packed_weights(model)
     if not weights:
         raise ValueError(f"this {type(model).__name__} has no quantized weights of ours: call mbq_ao.quantize_ first")
-    # All of a row may be one group because the row is short.
     first = max(weights, key=lambda name: weights[name].scale.shape[-1])
-    group_size = weights[first].group_size if weights[first].scale.shape[-1] > 1 else -1
+    group_size = common_group_size(weights.values())
     for name, w in weights.items():
-        groups = 1 if group_size == -1 else num_groups(w.shape[-1], group_size)
-        if type(w) is not type(weights[first]) or w.scale.shape[-1] != groups:
+        if type(w) is not type(weights[first]) or not has_groups_of(w, group_size):
             raise ValueError(
-                f"a GPTQ checkpoint has one number of bits and one group size, but {first} is {weights[first]} and "
-                f"{name} is {w}"
+                f"a GPTQ checkpoint has one number of bits and one group size, here {group_size}, but {first} is "
+                f"{weights[first]} and {name} is {w}"
             )
     int3 = isinstance(weights[first], MBQInt3Tensor)
-    writer = _Writer(_GPTQConfig(3 if int3 else 4, group_size, sym=not int3))
+    writer = _Writer(_GPTQConfig(3 if int3 else 4, group_size or -1, sym=not int3))
     with complete_or_not_at_all(save_directory) as staging:
         with saved_as(model, writer):
             type(model).save_pretrained(model, staging, **kwargs)

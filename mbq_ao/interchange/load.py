@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchao.utils import TorchAOBaseTensor
 from transformers import AutoConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.integrations.torchao import TorchAoDeserialize
@@ -135,10 +136,13 @@ def _converted(weight: AffineWeight, precision: str, dtype: torch.dtype, requant
     try:
         return weight.convert(precision, dtype, requantize)
     except InexactError as error:
-        others = ["plain", *(["torchao"] if precision != "torchao" else [])]
-        ways = " or ".join(f'precision="{other}"' for other in others)
-        anew = "" if precision == "torchao" else "; requantize=True rounds such weights anew, which costs accuracy"
-        raise ValueError(f"not exact as {precision}: {error}. Use {ways}{anew}") from error
+        ways = {
+            "plain": "Keep it quantized",
+            "torchao": 'Use precision="plain"',
+        }.get(
+            precision, 'Use precision="plain" and calibrate; requantize=True rounds such weights anew, which is worse'
+        )
+        raise ValueError(f"no exact form as {precision}: {error}. {ways}") from error
 
 
 def _import_torchao(
@@ -148,26 +152,29 @@ def _import_torchao(
     register_with_torchao()
     model, _ = load_filled(name_or_path, config, Loading(verify=False), kwargs)
     forget_conversions(model, TorchAoDeserialize)
-    found = [
-        (name, module, module.weight)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and isinstance(module.weight, (*STOCK_TENSORS, PackedWeight))
-    ]
-    for name, module, weight in found:
-        if isinstance(weight, PackedWeight):  # exported by save_torchao
-            if precision is None:
-                continue
-            unpacked = AffineWeight.of(f"{name}.weight", weight)
-        else:
-            unpacked = from_stock(f"{name}.weight", weight)
+    quantized = {name: p for name, p in model.named_parameters() if isinstance(p, TorchAOBaseTensor)}
+    other = [name for name, p in quantized.items() if not isinstance(p, (*STOCK_TENSORS, PackedWeight))]
+    if other or not quantized:
+        what = f"{other[0]} is a {type(quantized[other[0]]).__name__}" if other else "nothing in it is quantized"
+        raise ValueError(f"{name_or_path} cannot be imported: {what}; load it with transformers")
+    for name, weight in quantized.items():
+        if isinstance(weight, PackedWeight) and precision is None:  # written by save_torchao
+            continue
+        try:
+            unpacked = AffineWeight.of(name, weight) if isinstance(weight, PackedWeight) else from_stock(name, weight)
+        except InexactError as error:
+            raise ValueError(
+                f"{name_or_path} cannot be imported: {error}; load it with transformers instead"
+            ) from error
         kind = precision or ("w3a16" if unpacked.bits == 3 else None)
         if kind is None:
             raise ValueError(
-                f"{name}.weight of {name_or_path} has {unpacked.bits} bits, which precision=None does not decide: give "
+                f"{name} of {name_or_path} has {unpacked.bits} bits, which precision=None does not decide: give "
                 '"plain" (to calibrate) or "w4a8" (activations in 8 bits), or load it with transformers'
             )
         converted = _converted(unpacked, kind, model.dtype, requantize)
-        module.weight = nn.Parameter(converted, requires_grad=False)
+        module, parameter = get_module_from_name(model, name)
+        setattr(module, parameter, nn.Parameter(converted, requires_grad=False))
         if isinstance(converted, PackedWeight):
             show_weight(module)
     model.hf_quantizer.remove_quantization_config(model)

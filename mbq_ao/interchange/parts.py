@@ -1,14 +1,16 @@
-"""Checks on what a checkpoint of another library says and holds."""
+"""Checks on what a checkpoint of another library says and holds, and on what ours would say there."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mbq_ao.interchange.bits import fields_per_block
+from mbq_ao.packed_weight import PackedWeight
+from mbq_ao.quant_primitives import num_groups
 
 
 def check_bits(bits: Any, allowed: Sequence[int], of: str = "the checkpoint") -> int:
@@ -61,3 +63,19 @@ def check_part(name: str, part: str, tensor: Tensor, kind: str, shape: tuple[int
         )
     if kind == "float" and not tensor.isfinite().all():
         raise ValueError(f"{part} of {name} holds NaN or infinite values; the checkpoint is damaged")
+
+
+def common_group_size(weights: Iterable[Tensor]) -> int | None:
+    """That of the weight with the most groups; None if all have one scale a row.
+
+    Where all of a short row is one group, its group size could be any that is as long.
+    weights: with `scale` (.., N, groups) and `block_size`, as torchao's and ours have them.
+    """
+    finest = max(weights, key=lambda w: w.scale.shape[-1])
+    return None if finest.scale.shape[-1] == 1 else finest.block_size[-1]
+
+
+def has_groups_of(w: Tensor, group_size: int | None) -> bool:
+    """Whether w has as many scales a row as groups of that size make."""
+    k = w.in_features if isinstance(w, PackedWeight) else w.shape[-1]
+    return w.scale.shape[-1] == num_groups(k, group_size or k)

@@ -27,7 +27,8 @@ from torchao.quantization.quantize_.workflows import QuantizeTensorToInt8Kwargs
 from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig
 from mbq_ao.int3_tensor import MBQInt3Tensor
 from mbq_ao.interchange.affine import AffineWeight, InexactError
-from mbq_ao.packed_weight import GROUP_SIZES, PackedWeight
+from mbq_ao.interchange.parts import has_groups_of
+from mbq_ao.packed_weight import PackedWeight
 
 STOCK_TENSORS = (IntxUnpackedToInt8Tensor, Int4Tensor, Int8Tensor)
 
@@ -77,15 +78,16 @@ def to_stock(name: str, w: PackedWeight) -> Tensor:
     return AffineWeight.of(name, w).as_int8(w.dtype, kwargs)
 
 
-def config_of(w: Tensor, stock: bool) -> AOBaseConfig:
+def config_of(w: Tensor, stock: bool, group_size: int | None) -> AOBaseConfig:
     """The torchao config that makes a weight like w, for `quantization_config`.
 
-    w: one of ours, or an Int8Tensor.  stock: of what `to_stock` makes of it.
+    w: one of ours, or an Int8Tensor.  stock: of what `to_stock` makes of it.  group_size: preferred, where it fits.
     """
-    g = w.block_size[-1]
+    if not has_groups_of(w, group_size):
+        group_size = w.block_size[-1] if w.scale.shape[-1] > 1 else None
     if not stock:
         ours = Int3WeightOnlyConfig if isinstance(w, MBQInt3Tensor) else Int8DynamicActivationInt4WeightMBQConfig
-        return ours(group_size=g if g in GROUP_SIZES else None)
+        return ours(group_size=group_size)
     if isinstance(w, MBQInt3Tensor) or (isinstance(w, Int8Tensor) and w.act_quant_kwargs is None):
-        return Int8WeightOnlyConfig(granularity=PerRow() if w.scale.shape[-1] == 1 else PerGroup(g))
+        return Int8WeightOnlyConfig(granularity=PerRow() if group_size is None else PerGroup(group_size))
     return Int8DynamicActivationInt8WeightConfig()

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from mbq_ao.hf_quantizer import packed_weights
+from mbq_ao.interchange.parts import common_group_size
 from mbq_ao.interchange.torchao import STOCK_TENSORS, config_of, to_stock
 from mbq_ao.packed_weight import PackedWeight
 from mbq_ao.pretrained import complete_or_not_at_all, saved_as
@@ -103,7 +104,8 @@ class _Writer(TorchAoHfQuantizer):
 
 def _torchao_config(model: nn.Module, weights: Mapping[str, Tensor], stock: bool) -> TorchAoConfig:
     """One config and what it leaves out, which is what vLLM understands where it fuses linears; else config by name."""
-    configs = {name: config_of(w, stock) for name, w in weights.items()}
+    group_size = common_group_size(weights.values())
+    configs = {name: config_of(w, stock, group_size) for name, w in weights.items()}
     first = next(iter(configs.values()))
     if all(config == first for config in configs.values()) and all(name.endswith(".weight") for name in configs):
         return TorchAoConfig(first, modules_to_not_convert=_left_out(model, set(weights)))
@@ -111,10 +113,13 @@ def _torchao_config(model: nn.Module, weights: Mapping[str, Tensor], stock: bool
 
 
 def _left_out(module: nn.Module, weights: set[str], prefix: str = "") -> list[str]:
-    """The largest modules with linears but without quantized ones."""
-    inside = [f"{prefix}{name}" for name, m in module.named_modules() if isinstance(m, nn.Linear)]
-    if not inside:
+    """The largest modules with linears but without quantized ones: by their last name where that is unambiguous.
+
+    vLLM calls modules by other paths than transformers does, and looks for these names anywhere in them.
+    """
+    if not any(isinstance(m, nn.Linear) for m in module.modules()):
         return []
     if prefix and not any(name.startswith(prefix) for name in weights):
-        return [prefix[:-1]]
+        last = prefix.split(".")[-2]
+        return [prefix[:-1] if any(last in name.split(".") for name in weights) else last]
     return [name for child, m in module.named_children() for name in _left_out(m, weights, f"{prefix}{child}.")]

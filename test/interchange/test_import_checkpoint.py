@@ -11,7 +11,7 @@ from checkpoints import change_tensors, write_checkpoint
 from models import build_batch, build_model, model_inputs
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torchao.quantization import Int8Tensor, PerGroup
+from torchao.quantization import Float8WeightOnlyConfig, Int8Tensor, PerGroup
 from torchao.quantization.quant_api import IntxWeightOnlyConfig, MappingType
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
@@ -46,8 +46,9 @@ def assert_weights(model: nn.Module, expected: dict[str, Tensor], kind: type[Ten
         assert torch.equal(weight.dequantize() if kind is not nn.Parameter else weight, expected[key]), name
 
 
-@pytest.mark.parametrize("checkpoint_format", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize(("group_size", "sym"), [(32, False), (-1, False), (64, True)])
+@pytest.mark.parametrize(
+    ("group_size", "sym", "checkpoint_format"), [(32, False, "gptq"), (-1, False, "gptq_v2"), (64, True, "gptq")]
+)
 def test_gptq(group_size: int, sym: bool, checkpoint_format: str, tmp_path: Path) -> None:
     changes = {"checkpoint_format": checkpoint_format}
     written = write_checkpoint(tmp_path / "gptq", group_size=group_size, sym=sym, changes=changes)
@@ -113,7 +114,7 @@ def test_4_bits_need_a_decision(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='4 bits, which precision=None does not decide: give "plain"'):
         import_checkpoint(tmp_path / "awq")
     for precision, reason in {"w3a16": "4 bits, and w3a16 has 3", "w4a8": "not symmetric"}.items():
-        with pytest.raises(ValueError, match=f'layers.*_proj.weight.*{reason}.*precision="plain" .* requantize=True'):
+        with pytest.raises(ValueError, match=f'layers.*_proj.*{reason}.*precision="plain" .* requantize=True'):
             import_checkpoint(tmp_path / "awq", precision)
     model = import_checkpoint(tmp_path / "awq", "w3a16", requantize=True)
     for name, weight in quantized(model, MBQInt3Tensor).items():
@@ -134,7 +135,7 @@ def test_order_of_activations(tmp_path: Path) -> None:
         return (torch.arange(k) // 32)[torch.randperm(k, generator=torch.Generator().manual_seed(0))]
 
     written = write_checkpoint(tmp_path, group_of=shuffled, changes={"desc_act": True})
-    with pytest.raises(ValueError, match=r"desc_act without static_groups.*precision=\"plain\""):
+    with pytest.raises(ValueError, match=r"desc_act without static_groups.*precision=\"plain\" and calibrate"):
         import_checkpoint(tmp_path)
     model = import_checkpoint(tmp_path, "plain")
     for name, weight in written.items():
@@ -257,3 +258,9 @@ def test_torchao_4_bits(tmp_path: Path) -> None:
         import_checkpoint(tmp_path / "torchao", "w3a16")
     plain = import_checkpoint(tmp_path / "torchao", "plain")
     assert all(torch.equal(plain.get_parameter(f"{name}.weight"), w) for name, w in written.items())
+
+
+def test_torchao_tensors_that_we_cannot_read(tmp_path: Path) -> None:
+    torchao_checkpoint(tmp_path, Float8WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"_proj\.weight is a Float8Tensor; load it with transformers"):
+        import_checkpoint(tmp_path / "torchao")
