@@ -16,7 +16,7 @@ from mbq_ao.hf_quantizer import packed_weights
 from mbq_ao.int3_tensor import MBQInt3Tensor
 from mbq_ao.interchange.affine import AffineWeight
 from mbq_ao.interchange.gptq import pack_gptq_v2
-from mbq_ao.interchange.parts import common_group_size, has_groups_of
+from mbq_ao.interchange.parts import common_group_size, has_groups_of, left_out
 from mbq_ao.packed_weight import PackedWeight
 from mbq_ao.pretrained import complete_or_not_at_all, saved_as
 
@@ -43,7 +43,8 @@ def save_gptq(model: PreTrainedModel, save_directory: str | os.PathLike[str], **
                 f"{weights[first]} and {name} is {w}"
             )
     int3 = isinstance(weights[first], MBQInt3Tensor)
-    writer = _Writer(_GPTQConfig(3 if int3 else 4, group_size or -1, sym=not int3))
+    skipped = left_out(model, set(weights))
+    writer = _Writer(_GPTQConfig(3 if int3 else 4, group_size or -1, sym=not int3, modules_to_not_convert=skipped))
     with complete_or_not_at_all(save_directory) as staging:
         with saved_as(model, writer):
             type(model).save_pretrained(model, staging, **kwargs)
@@ -54,9 +55,10 @@ def save_gptq(model: PreTrainedModel, save_directory: str | os.PathLike[str], **
 class _GPTQConfig(QuantizationConfigMixin):
     """What GPTQModel writes; transformers' own GPTQConfig cannot be made without optimum."""
 
-    def __init__(self, bits: int, group_size: int, sym: bool) -> None:
+    def __init__(self, bits: int, group_size: int, sym: bool, modules_to_not_convert: list[str]) -> None:
         self.quant_method = QuantizationMethod.GPTQ
         self.bits, self.group_size, self.sym = bits, group_size, sym
+        self.modules_to_not_convert = modules_to_not_convert  # for vLLM and SGLang
         self.desc_act = self.lm_head = False
         self.checkpoint_format, self.pack_dtype = "gptq_v2", "int32"
         self.meta = {"quantizer": [f"mbq_ao:{mbq_ao.__version__}"]}

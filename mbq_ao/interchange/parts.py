@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbq_ao.interchange.bits import fields_per_block
 from mbq_ao.packed_weight import PackedWeight
@@ -79,3 +79,16 @@ def has_groups_of(w: Tensor, group_size: int | None) -> bool:
     """Whether w has as many scales a row as groups of that size make."""
     k = w.in_features if isinstance(w, PackedWeight) else w.shape[-1]
     return w.scale.shape[-1] == num_groups(k, group_size or k)
+
+
+def left_out(module: nn.Module, weights: set[str], prefix: str = "") -> list[str]:
+    """The largest modules with linears but without quantized ones: by their last name where that is unambiguous.
+
+    Serving engines call modules by other paths than transformers does, and look for these names anywhere in them.
+    """
+    if not any(isinstance(m, nn.Linear) for m in module.modules()):
+        return []
+    if prefix and not any(name.startswith(prefix) for name in weights):
+        last = prefix.split(".")[-2]
+        return [prefix[:-1] if any(last in name.split(".") for name in weights) else last]
+    return [name for child, m in module.named_children() for name in left_out(m, weights, f"{prefix}{child}.")]

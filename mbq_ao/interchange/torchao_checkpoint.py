@@ -23,7 +23,7 @@ from transformers import PreTrainedModel, TorchAoConfig
 from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 from mbq_ao.hf_quantizer import packed_weights
-from mbq_ao.interchange.parts import common_group_size
+from mbq_ao.interchange.parts import common_group_size, left_out
 from mbq_ao.interchange.torchao import STOCK_TENSORS, config_of, to_stock
 from mbq_ao.packed_weight import PackedWeight
 from mbq_ao.pretrained import complete_or_not_at_all, saved_as
@@ -108,18 +108,5 @@ def _torchao_config(model: nn.Module, weights: Mapping[str, Tensor], stock: bool
     configs = {name: config_of(w, stock, group_size) for name, w in weights.items()}
     first = next(iter(configs.values()))
     if all(config == first for config in configs.values()) and all(name.endswith(".weight") for name in configs):
-        return TorchAoConfig(first, modules_to_not_convert=_left_out(model, set(weights)))
+        return TorchAoConfig(first, modules_to_not_convert=left_out(model, set(weights)))
     return TorchAoConfig(FqnToConfig(OrderedDict((name.removesuffix(".weight"), c) for name, c in configs.items())))
-
-
-def _left_out(module: nn.Module, weights: set[str], prefix: str = "") -> list[str]:
-    """The largest modules with linears but without quantized ones: by their last name where that is unambiguous.
-
-    vLLM calls modules by other paths than transformers does, and looks for these names anywhere in them.
-    """
-    if not any(isinstance(m, nn.Linear) for m in module.modules()):
-        return []
-    if prefix and not any(name.startswith(prefix) for name in weights):
-        last = prefix.split(".")[-2]
-        return [prefix[:-1] if any(last in name.split(".") for name in weights) else last]
-    return [name for child, m in module.named_children() for name in _left_out(m, weights, f"{prefix}{child}.")]

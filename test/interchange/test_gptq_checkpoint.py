@@ -46,6 +46,7 @@ def test_round_trip(family: str, config: Any, bits: int, group_size: int, dtype:
     written = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
     assert written == json.loads((tmp_path / "quantize_config.json").read_text())
     fields = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "sym": bits == 4, "desc_act": False}
+    assert "lm_head" in written["modules_to_not_convert"]
     assert fields.items() <= written.items() and written["checkpoint_format"] == "gptq_v2"
     again = import_checkpoint(tmp_path, "w3a16" if bits == 3 else "w4a8")
     before, after = packed_weights(model), packed_weights(again)
