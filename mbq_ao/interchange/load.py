@@ -9,8 +9,10 @@ one of ours, "mbq_import", which puts the weights together one at a time.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -69,7 +71,10 @@ def import_checkpoint(
         raise ValueError(f"precision must be None or one of {', '.join(map(repr, PRECISIONS))}, got {precision!r}")
     if requantize and precision not in ("w3a16", "w4a8"):
         raise ValueError(f'requantize=True needs precision="w3a16" or "w4a8" to round to, got {precision!r}')
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **hub_arguments(kwargs))
+    # A copy, as it is the caller's.
+    config = copy.deepcopy(kwargs.pop("config", None)) or AutoConfig.from_pretrained(
+        name_or_path, **hub_arguments(kwargs)
+    )
     settings = _quantization_settings(config, name_or_path, kwargs)
     method = settings["quant_method"]
     if method == "torchao":
@@ -114,7 +119,8 @@ class _Import(Loading):
     biases: set[str] = field(default_factory=set)  # ends of the names of quantized linears' biases that are not zero
 
 
-def _biases_that_count(files: Iterable[str]) -> set[str]:
+def _tensors_in(files: Iterable[str]) -> dict[str, Callable[[], Tensor]]:
+    """Name of a tensor in the checkpoint -> what reads it."""
     tensors: dict[str, Callable[[], Tensor]] = {}
     for path in files:
         if path.endswith(".safetensors"):
@@ -123,8 +129,22 @@ def _biases_that_count(files: Iterable[str]) -> set[str]:
         else:
             state_dict = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             tensors |= {name: partial(state_dict.__getitem__, name) for name in state_dict}
+    return tensors
+
+
+def _biases_that_count(tensors: Mapping[str, Callable[[], Tensor]]) -> set[str]:
     biases = (name for name in tensors if name.endswith(".bias") and f"{name[:-5]}.qweight" in tensors)
     return {_end(name) for name in biases if tensors[name]().count_nonzero()}
+
+
+def _refuse_fused_experts(model: nn.Module, names: Iterable[str]) -> None:
+    fused = next((name for name, p in model.named_parameters() if ".experts." in name and p.dim() == 3), None)
+    single = next((name for name in names if re.search(r"\.experts\.\d+\..*\.qweight$", name)), None)
+    if fused and single:
+        raise ValueError(
+            f"{single} is of one expert, but {type(model).__name__} holds all in one parameter, {fused}, and such "
+            "checkpoints are not imported; quantize the original model with mbq_ao.quantize_"
+        )
 
 
 def _end(name: str) -> str:
@@ -177,9 +197,20 @@ def _import_torchao(
         setattr(module, parameter, nn.Parameter(converted, requires_grad=False))
         if isinstance(converted, PackedWeight):
             show_weight(module)
-    model.hf_quantizer.remove_quantization_config(model)
-    attach_torchao(model) if precision == "torchao" else attach(model)
+    _attach(model, model.hf_quantizer, precision)
     return model
+
+
+def _attach(model: PreTrainedModel, importer: HfQuantizer, precision: str | None) -> None:
+    """Make the model one of ours, of torchao, or a plain one, whatever it was loaded as."""
+    importer.remove_quantization_config(model)
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.config._is_quantized = False
+    if precision == "torchao":
+        attach_torchao(model)
+    else:
+        attach(model)
 
 
 def _quantization_settings(config: Any, name_or_path: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -199,7 +230,10 @@ def _quantization_settings(config: Any, name_or_path: Any, kwargs: Mapping[str, 
             **hub_arguments(kwargs),
         )
         if file is not None:
-            return {"quant_method": method, **json.loads(Path(file).read_text(encoding="utf-8"))}
+            try:
+                return {"quant_method": method, **json.loads(Path(file).read_text(encoding="utf-8"))}
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(f"{file} is damaged: {error}; copy or download it again") from error
     raise ValueError(
         f"{name_or_path} is not quantized: its config.json has no quantization_config, and there is no "
         f"{' or '.join(_OWN_FILES)}; load it with transformers, and quantize it with mbq_ao.quantize_"
@@ -241,17 +275,15 @@ class ImportQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        tensors = _tensors_in(checkpoint_files or ())
+        _refuse_fused_experts(model, tensors)
         loading = LOADING.get()
         if isinstance(loading, _Import):
-            loading.biases = _biases_that_count(checkpoint_files or ())
+            loading.biases = _biases_that_count(tensors)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         forget_conversions(model, _Unpack)
-        self.remove_quantization_config(model)
-        for module in model.modules():
-            if isinstance(module, PreTrainedModel):
-                module.config._is_quantized = False
-        attach_torchao(model) if self.quantization_config.precision == "torchao" else attach(model)
+        _attach(model, self, self.quantization_config.precision)
         return model
 
 
