@@ -26,6 +26,8 @@ The tree, and which way imports go (each line imports only from lines above it):
     evaluation/            lm-eval's tasks and a few offline ones, on quantized models; comparisons
     demo/                  a real small vision-language model
     cli/                   the command line, `mbq-ao` and `python -m mbq_ao`
+    interchange/           checkpoints of other libraries (GPTQ, AWQ, torchao), in and out
+    demo/                  a real small vision-language model, and `python -m mbq_ao demo`
 """
 
 import importlib
@@ -72,11 +74,15 @@ __all__ = [
     "export_decoder",
     "from_pretrained",
     "fuse_linears_",
+    "import_checkpoint",
     "load_safetensors",
     "mbq_config",
     "quantize_",
+    "register_with_torchao",
+    "save_gptq",
     "save_pretrained",
     "save_safetensors",
+    "save_torchao",
     "tune",
     "unfuse_linears_",
 ]
@@ -99,11 +105,15 @@ _LAZY = {
     "export_decoder": "mbq_ao.export",
     "from_pretrained": "mbq_ao.pretrained",
     "fuse_linears_": "mbq_ao.fuse_linears",
+    "import_checkpoint": "mbq_ao.interchange.load",
     "load_safetensors": "mbq_ao.safetensors_format",
     "mbq_config": "mbq_ao.quantize",
     "quantize_": "mbq_ao.quantize",
+    "register_with_torchao": "mbq_ao.interchange.torchao_checkpoint",
+    "save_gptq": "mbq_ao.interchange.gptq_checkpoint",
     "save_pretrained": "mbq_ao.pretrained",
     "save_safetensors": "mbq_ao.safetensors_format",
+    "save_torchao": "mbq_ao.interchange.torchao_checkpoint",
     "tune": "mbq_ao.tuning",
     "unfuse_linears_": "mbq_ao.fuse_linears",
 }

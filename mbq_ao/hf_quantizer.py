@@ -181,11 +181,7 @@ class MBQHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from mbq_ao.pretrained import attach
 
-        # Saving would run the conversions backwards, but the state dict it gets has been taken apart already.
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [
-            c for c in conversions if not any(isinstance(op, _Assemble) for op in getattr(c, "operations", ()))
-        ]
+        forget_conversions(model, _Assemble)
         shard_the_rest(model)
         if self.parallel and not any(is_sharded(p) for p in model.parameters()):
             warnings.warn(
@@ -261,6 +257,17 @@ def _attributes(shape: Sequence[int], groups: int, group_size: int | None, trans
     candidates = [g or k for g in (group_size, *GROUP_SIZES)]
     g = next((g for g in candidates if num_groups(k, g) == groups), k)
     return {"shape": shape, "block_size": [1] * (len(shape) - 1) + [g], "transposed": transposed or None}
+
+
+def forget_conversions(model: nn.Module, operation: type[ConversionOps]) -> None:
+    """Take out of a loaded model the conversions that have this operation.
+
+    Saving would run them backwards, but the state dict that it gets has been taken apart already.
+    """
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [
+        c for c in conversions if not any(isinstance(op, operation) for op in getattr(c, "operations", ()))
+    ]
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:

@@ -10,6 +10,8 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
 
 from mbq_ao.hf_quantizer import (
     CHECKSUMS,
@@ -84,9 +87,6 @@ def save_pretrained(
     """
     if push_to_hub:
         raise ValueError("save_pretrained(push_to_hub=True) is not supported; call model.push_to_hub(repo_id)")
-    target = Path(save_directory)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"save_directory must be a folder, {target} is a file")
     check_whole(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, MBQHfQuantizer):
@@ -95,25 +95,54 @@ def save_pretrained(
         attach(model)
         quantizer = model.hf_quantizer
     report = report or quantizer.report
+    with complete_or_not_at_all(save_directory) as staging:
+        type(model).save_pretrained(model, staging, *args, **kwargs)
+        shards = sorted(staging.glob("*.safetensors"))
+        if shards:
+            table = {shard.name: _checksums_of(shard) for shard in shards}
+            (staging / CHECKSUMS).write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
+            (staging / "README.md").write_text(model_card(model, report), encoding="utf-8")
+            if report is not None:
+                report.to_json(staging / REPORT)
+
+
+@contextmanager
+def complete_or_not_at_all(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
+    """A folder to write a checkpoint to, which takes its place in `save_directory` once it is complete.
+
+    Nothing happens if it has no safetensors in the end: another rank writes them then. Raises NotADirectoryError.
+    """
+    target = Path(save_directory)
+    if target.exists() and not target.is_dir():
+        raise NotADirectoryError(f"save_directory must be a folder, {target} is a file")
     target.parent.mkdir(parents=True, exist_ok=True)
     # In the same file system, for the renames; beside the target, since that may not exist yet.
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.unfinished-", dir=target.parent))
     try:
-        type(model).save_pretrained(model, staging, *args, **kwargs)
-        shards = sorted(staging.glob("*.safetensors"))
-        if not shards:  # another rank writes them
-            return
-        table = {shard.name: _checksums_of(shard) for shard in shards}
-        (staging / CHECKSUMS).write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(model_card(model, report), encoding="utf-8")
-        if report is not None:
-            report.to_json(staging / REPORT)
-        for file in staging.iterdir():
-            file.chmod(0o666 & ~_umask())  # safetensors makes its own private
-            _sync(file)
-        _publish(staging, target)
+        yield staging
+        if any(staging.glob("*.safetensors")):
+            for file in staging.iterdir():
+                file.chmod(0o666 & ~_umask())  # safetensors makes its own private
+                _sync(file)
+            _publish(staging, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def saved_as(model: PreTrainedModel, quantizer: HfQuantizer) -> Iterator[None]:
+    """Inside, transformers' `save_pretrained` writes the model by this quantizer and its config."""
+    config, before = model.config, getattr(model, "hf_quantizer", None)
+    config_before = getattr(config, "quantization_config", None)
+    model.hf_quantizer, config.quantization_config = quantizer, quantizer.quantization_config
+    try:
+        yield
+    finally:
+        model.hf_quantizer, config.quantization_config = before, config_before
+        if before is None:
+            del model.hf_quantizer
+        if config_before is None:
+            del config.quantization_config
 
 
 def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True, **kwargs: Any) -> PreTrainedModel:
@@ -125,24 +154,33 @@ def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True
     Raises ValueError if the checkpoint is not ours, damaged, incomplete or of a newer format; transformers itself would
     only warn of some of that, and fill in random numbers. OSError if there is no such checkpoint.
     """
-    hub = {
-        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
-    }
-    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **hub)
+    config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **hub_arguments(kwargs))
     method = quant_method(config)
     if method != METHOD:
+        importable = method in ("gptq", "awq", "torchao")
         raise ValueError(
             f"{name_or_path} is not an mbq checkpoint: its config.json has "
             + ("no quantization_config" if method is None else f"quant_method {method!r}")
-            + "; load it with transformers, and quantize it with mbq_ao.quantize_"
+            + "; load it with "
+            + ("mbq_ao.import_checkpoint" if importable else "transformers, and quantize it with mbq_ao.quantize_")
         )
+    return load_filled(name_or_path, config, Loading(verify), kwargs)[0]
+
+
+def load_filled(
+    name_or_path: str | os.PathLike[str], config: Any, loading: Loading, kwargs: Mapping[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """transformers' `from_pretrained` of the class that config names, and the tensors that the model has no place for.
+
+    loading: what the quantizer is told, and says.  kwargs: of `from_pretrained`.
+    Raises ValueError if the checkpoint is damaged or does not fill the model.
+    """
     (architecture,) = config.architectures or [None]
     cls = getattr(transformers, architecture or "", None)
     if cls is None:
         raise ValueError(
             f"{name_or_path} is of the class {architecture}, which is not in transformers {transformers.__version__}"
         )
-    loading = Loading(verify)
     token = LOADING.set(loading)
     try:
         model, info = cls.from_pretrained(name_or_path, config=config, output_loading_info=True, **kwargs)
@@ -159,7 +197,14 @@ def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True
         raise ValueError(
             f"{name_or_path} does not fill a {architecture}: {listed(lacking)} missing, or of another shape there"
         )
-    return model
+    return model, sorted(info["unexpected_keys"])
+
+
+def hub_arguments(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `from_pretrained`'s arguments that say where on the hub."""
+    return {
+        key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
+    }
 
 
 def quant_method(config: PreTrainedConfig) -> str | None:
