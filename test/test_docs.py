@@ -192,3 +192,46 @@ def test_instructions_a_weight() -> None:
         re.MULTILINE,
     )
     assert _table("instructions")[2:] == [f"| sm_{arch} | {count} | {budget} |" for arch, count, budget in found]
+
+
+# --- docstrings as pages ------------------------------------------------------------------------------------------
+
+
+DOCSTRING = """Round x * scale to group_size, see `quantize_` and config.py; a_* stays.
+
+    y = x    # code
+
+x: (N, K) bf16.  scale, mode: of both,
+    "auto" for `mode`.
+group_size: 32; None: a row. Returns (N,) in x.dtype.
+
+Attributes:
+    x: what
+"""
+RST = r"""Round x \* scale to ``group_size``, see :py:obj:`quantize_ <mbq_ao.quantize_>` and ``config.py``; a\_\* stays.
+
+::
+
+        y = x    # code
+
+``x``
+    ``(N, K)`` bf16.
+``scale``, ``mode``
+    of both, ``"auto"`` for ``mode``.
+``group_size``
+    32; None: a row.
+
+Returns ``(N,)`` in x.dtype.
+
+**Attributes**
+
+``x``
+    what
+"""
+
+
+def test_docstring_becomes_rst() -> None:
+    from docstrings import to_rst
+
+    lines = to_rst(DOCSTRING.splitlines(), {"x", "scale", "mode", "group_size"}, {"quantize_": "mbq_ao.quantize_"})
+    assert "\n".join(lines) == RST
