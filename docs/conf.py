@@ -22,7 +22,7 @@ html_theme = "furo"
 html_title = f"mbq_ao {version}"
 html_copy_source = False
 
-myst_enable_extensions = ["dollarmath", "deflist"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # the tutorials' outputs are in the notebooks, made by `make notebooks`
 
@@ -30,7 +30,6 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 maximum_signature_line_length = 88
 python_use_unqualified_type_names = True
-add_module_names = True
 toc_object_entries_show_parents = "hide"
 
 # Types of other libraries, which have no page here, and what signatures call them.
@@ -42,12 +41,16 @@ nitpick_ignore_regex = [
 
 
 def tutorials() -> None:
-    """The notebooks lie beside their scripts, outside of this folder, where Sphinx does not look."""
+    """Bring the notebooks here: they lie beside their scripts, outside of this folder, where Sphinx does not look."""
+    notebooks = sorted((HERE.parent / "tutorials").glob("*.ipynb"))
     folder = HERE / "tutorials"
     shutil.rmtree(folder, ignore_errors=True)
-    for notebook in sorted((HERE.parent / "tutorials").glob("*.ipynb")):
-        folder.mkdir(exist_ok=True)
-        shutil.copy2(notebook, folder / notebook.name)
+    folder.mkdir()
+    for notebook in notebooks:
+        shutil.copy2(notebook, folder)
+    listed = "\n".join(notebook.stem for notebook in notebooks)
+    page = f"# Tutorials\n\nNotebooks with their outputs, from `tutorials/`.\n\n```{{toctree}}\n{listed}\n```\n"
+    (folder / "index.md").write_text(page, encoding="utf-8")
 
 
 tutorials()

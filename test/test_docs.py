@@ -203,7 +203,11 @@ DOCSTRING = """Round x * scale to group_size, see `quantize_` and config.py; a_*
 
 x: (N, K) bf16.  scale, mode: of both,
     "auto" for `mode`.
-group_size: 32; None: a row. Returns (N,) in x.dtype.
+group_size: columns that share a scale.
+    32: fewer of them.
+    None: a row.
+    "auto": some.
+Returns (N,) in x.dtype.
 
 Attributes:
     x: what
@@ -219,7 +223,10 @@ RST = r"""Round x \* scale to ``group_size``, see :py:obj:`quantize_ <mbq_ao.qua
 ``scale``, ``mode``
     of both, ``"auto"`` for ``mode``.
 ``group_size``
-    32; None: a row.
+    columns that share a scale. 32: fewer of them.
+
+    * None: a row.
+    * ``"auto"``: some.
 
 Returns ``(N,)`` in x.dtype.
 

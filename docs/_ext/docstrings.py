@@ -4,6 +4,7 @@ What the prose has by convention, and what becomes of it:
 
     name: what it is             of an argument or attribute: an entry of a list. Indented lines go on with it, several
     name, name: what they are    names share one, and more entries may follow on the line after two spaces
+        "value": what it does        in an entry, two or more of them: a list of its values
     Heading:                     with such entries indented below it: a list with a heading
     indented lines               code, as they stand, and so are lines in which columns are lined up
     `code`                       code; a public name becomes a link
@@ -31,6 +32,7 @@ _CODE = re.compile(
     r"""|(?<![\w./~$])[\w./~$]*(?:\w_\w*[\w/]|\w\.py)\b(?:\(\))?)"""
 )
 _FORMULA = re.compile(r"\w+(\[[^\]]*\])? = ")
+_VALUE = re.compile(r'(?:"[^"]+"|None|True|False): ')  # at the beginning of a line
 _OUTCOME = re.compile(r"(?<=[.;]) +(?=(?:Returns|Raises|Errors) )")
 
 
@@ -143,7 +145,8 @@ def _items(block: list[str], names: Collection[str]) -> tuple[list[tuple[str, st
             if (match := _entry(part, names)) and not (indented and part is parts[0]):
                 items.append((match[1], part[match.end() :]))
             else:
-                items[-1] = (items[-1][0], f"{items[-1][1]} {part}")
+                joint = "\n" if _VALUE.match(part) else " "
+                items[-1] = (items[-1][0], f"{items[-1][1]}{joint}{part}")
         text, *outcome = _OUTCOME.split(items[-1][1], maxsplit=1)
         if outcome and not indented:
             items[-1] = (items[-1][0], text)
@@ -157,9 +160,13 @@ def _continues(line: str) -> bool:
 
 def _write_list(items: list[tuple[str, str]], links: dict[str, str], result: list[str]) -> None:
     for name, text in items:
-        term = ", ".join(f"``{n}``" for n in name.split(", "))
-        result += [term, f"    {_text(text, links)}"]
-    result.append("")
+        result.append(", ".join(f"``{n}``" for n in name.split(", ")))
+        text, *values = text.split("\n") if text.count("\n") > 1 else [text.replace("\n", " ")]
+        result.append(f"    {_text(text, links)}")
+        if values:
+            result += ["", *(f"    * {_text(value, links)}" for value in values), ""]
+    if result[-1]:
+        result.append("")
 
 
 def _paragraph(lines: list[str], links: dict[str, str]) -> list[str]:
