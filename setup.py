@@ -11,7 +11,7 @@ demo = [
     "accelerate",
 ]
 evaluation = ["lm-eval>=0.4.13", "datasets>=5.2", "accelerate", "pillow"]
-docs = ["jupytext", "nbmake", "ipykernel"]
+docs = ["sphinx>=9", "myst-nb", "furo", "jupytext", "nbmake", "ipykernel"]
 dev = ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "triton"]
 
 setup(

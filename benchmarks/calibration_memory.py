@@ -34,15 +34,17 @@ from mbq_ao.calibration.memory import estimate
 _RESULTS = Path(__file__).with_name("results") / "calibration_memory.json"
 _BASE = {"layers": 2, "samples": 4, "tokens": 256}
 _CHUNK_TOKENS = 256  # scaled down as the model is, to be less than all tokens
+# Of Qwen2.5-VL: hidden size, intermediate size, layers, heads, key and value heads.
+SIZES = {
+    "7B": (3584, 18944, 28, 28, 4),
+    "32B": (5120, 27648, 64, 40, 8),
+    "72B": (8192, 29568, 80, 64, 8),
+}
 
 
 def published(size: str) -> transformers.Qwen2_5_VLConfig:
     """Qwen2.5-VL's published configs."""
-    hidden, intermediate, layers, heads, kv_heads = {
-        "7B": (3584, 18944, 28, 28, 4),
-        "32B": (5120, 27648, 64, 40, 8),
-        "72B": (8192, 29568, 80, 64, 8),
-    }[size]
+    hidden, intermediate, layers, heads, kv_heads = SIZES[size]
     text = {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
@@ -60,7 +62,7 @@ def paper_table(samples: int = 128) -> str:
         "| Qwen2.5-VL | tokens a sample | device (GB) | of which the search | 24 GB card | 80 GB card | host (GB) |",
         "|---|---:|---:|---:|---|---|---:|",
     ]
-    for size in ("7B", "32B", "72B"):
+    for size in SIZES:
         for tokens in (1000, 2000):
             e = estimate(published(size), samples, tokens)
             fits = ["fits" if e.device_peak < 0.9e9 * card else "does not fit" for card in (24, 80)]  # 10% for CUDA

@@ -28,7 +28,7 @@ _SLAB = 1 << 24  # of a GPU: enough to keep it busy, and 64 MiB for an fp32 copy
 
 
 def num_groups(k: int, group_size: int) -> int:
-    """How many groups cover k columns; the last may be short."""
+    """How many groups of group_size columns cover k columns; the last may be short."""
     return -(-k // group_size)
 
 
@@ -60,7 +60,7 @@ def choose_qparams_affine(
 ) -> tuple[Tensor, Tensor]:
     """The scale, (N, ceil(K / group_size)) in `scale_dtype`, and the zero point, uint8 of the same shape.
 
-    w: (N, K), floating point.  scale_dtype: None means w's dtype.
+    w: (N, K), floating point.  num_bits: of the grid, b above.  scale_dtype: None means w's dtype.
     """
     _check_matrix(w)
     d, z = _choose_qparams(w, group_size, num_bits, w.dtype if scale_dtype is None else scale_dtype)
@@ -68,7 +68,10 @@ def choose_qparams_affine(
 
 
 def quantize_affine(w: Tensor, scale: Tensor, zero_point: Tensor, *, group_size: int, num_bits: int = 3) -> Tensor:
-    """The integers clamp(round(w / scale) + zero_point, 0, 2^b - 1): uint8, (N, K) like w."""
+    """The integers clamp(round(w / scale) + zero_point, 0, 2^b - 1): uint8, (N, K) like w.
+
+    scale, zero_point, group_size, num_bits: as in `choose_qparams_affine`, whose results they may be.
+    """
     _check_matrix(w)
     d, z = scale.to(torch.float32), zero_point.to(torch.float32)
     q = w.new_empty(w.shape, dtype=torch.uint8)
@@ -80,7 +83,10 @@ def quantize_affine(w: Tensor, scale: Tensor, zero_point: Tensor, *, group_size:
 def choose_scale_symmetric(
     w: Tensor, *, group_size: int, num_bits: int = 4, scale_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """The scale of a symmetric grid, (N, ceil(K / group_size)) in `scale_dtype`; None means w's dtype."""
+    """The scale of a symmetric grid, (N, ceil(K / group_size)) in `scale_dtype`.
+
+    w: (N, K), floating point.  num_bits: of the grid, b above.  scale_dtype: None means w's dtype.
+    """
     _check_matrix(w)
     # Of the minimum and the maximum, not of |w|, which would be a copy.
     low, high = _extremes(w, group_size)
@@ -89,7 +95,10 @@ def choose_scale_symmetric(
 
 
 def quantize_symmetric(w: Tensor, scale: Tensor, *, group_size: int, num_bits: int = 4) -> Tensor:
-    """The integers clamp(round(w / scale), -2^(b-1), 2^(b-1) - 1): int8, (N, K) like w."""
+    """The integers clamp(round(w / scale), -2^(b-1), 2^(b-1) - 1): int8, (N, K) like w.
+
+    scale, group_size, num_bits: as in `choose_scale_symmetric`, whose result it may be.
+    """
     _check_matrix(w)
     d, q_max = scale.to(torch.float32), 2 ** (num_bits - 1) - 1
     q = w.new_empty(w.shape, dtype=torch.int8)
@@ -101,14 +110,18 @@ def quantize_symmetric(w: Tensor, scale: Tensor, *, group_size: int, num_bits: i
 def dequantize_affine(
     q: Tensor, scale: Tensor, zero_point: Tensor | None, *, group_size: int, dtype: torch.dtype
 ) -> Tensor:
-    """The weight (q - zero_point) * scale, computed in fp32, then rounded to `dtype`: (N, K) like q. None is 0."""
+    """The weight (q - zero_point) * scale, computed in fp32, then rounded to `dtype`: (N, K) like q.
+
+    q: integers.  scale, zero_point: (N, ceil(K / group_size)); zero_point=None is 0.
+    """
     return dequantize_groups(q, scale, zero_point, group_size, dtype)
 
 
 def fake_quantize_affine(w: Tensor, *, group_size: int, num_bits: int = 3) -> Tensor:
     """What w becomes by quantizing and dequantizing with scales in w's dtype, bit for bit, in w's dtype.
 
-    The integers stay fp32 in place: no uint8, no packing. Calibration calls this in its loop.
+    The integers, of num_bits each, stay fp32 in place: no uint8, no packing. Calibration calls this in its loop.
+    group_size: columns that share a scale; at least K for one scale a row.
     """
     _check_matrix(w)
 

@@ -42,6 +42,7 @@ def save_safetensors(model: nn.Module | Mapping[str, Tensor], path: str | os.Pat
     """Write a model's state dict, quantized weights and all, to one safetensors file; `load_safetensors` reads it.
 
     model: an nn.Module, or a state dict of tensors. Tensors that share memory (tied weights) are written once each.
+    path: of the file.
     The file appears under its name when it is complete: a failure leaves what was there before.
     Raises ValueError for a tensor of another quantization library, OSError if the file cannot be written.
     """

@@ -41,6 +41,7 @@ def tune(
 
     num_rows: rows of x; 1 to 16 serve decoding, the rest prefill. Each stands for all numbers down to half of it.
     dtype: of x, bfloat16 or float16; None: the dtype of each weight.
+    progress: show a progress bar.
     timer: takes calls that do the same work on different copies of a weight, returns seconds a call; None: on the GPU.
 
     The choices are used from the next call on, and by later processes: they are kept in a JSON file for this GPU and

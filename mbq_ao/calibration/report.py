@@ -58,6 +58,7 @@ class ExpertsReport:
         return [e for e, n in enumerate(self.num_tokens) if n == 0]
 
     def warning(self) -> str | None:
+        """What a user should know of these experts; None if each was calibrated."""
         name = f"{self.block}.{self.module}"
         if not self.num_tokens:
             return f"{name}: it cannot be told which tokens the experts get, their own scales are 1 (plain rounding)"
@@ -86,8 +87,9 @@ class CalibrationReport:
     logits_error: relative change of the logits by folding alone, on one calibration batch.
     num_linears, nbytes_before, nbytes_after: the calibrated linears (each expert is one), and bytes of their weights.
     calibration: number of calibration batches and their sha256.
-    seconds: of this call. stage_seconds: of its stages before and after the decoder layers. block_seconds: of every
-        decoder layer, its search, quantization, and the step to the next one.
+    seconds: of this call.
+    stage_seconds: of its stages before and after the decoder layers.
+    block_seconds: of every decoder layer, its search, quantization, and the step to the next one.
     num_resumed: blocks whose scales an earlier call had left in work_dir.
     """
 
@@ -112,6 +114,7 @@ class CalibrationReport:
     left_alone: dict[str, str] = field(default_factory=dict)
 
     def records(self) -> list[dict[str, Any]]:
+        """The groups as plain dicts, such as pandas.DataFrame takes."""
         return [asdict(group) for group in self.groups]
 
     def seconds_per_block(self) -> float:
