@@ -10,7 +10,7 @@ demo = [
     "pillow",
     "accelerate",
 ]
-evaluation = ["lm-eval>=0.4.9", "datasets"]
+evaluation = ["lm-eval>=0.4.13", "datasets>=5.2", "accelerate", "pillow"]
 docs = ["jupytext", "nbmake", "ipykernel"]
 dev = ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "triton"]
 
@@ -25,8 +25,15 @@ setup(
     packages=find_packages(include=["mbq_ao", "mbq_ao.*"]),
     py_modules=["_mbq_ao_autoload"],
     # torch imports what is listed here at the end of its own import; see the module.
-    entry_points={"torch.backends": ["mbq_ao = _mbq_ao_autoload:install"]},
-    package_data={"mbq_ao": ["py.typed"], "mbq_ao.demo": ["*.safetensors"]},
+    entry_points={
+        "torch.backends": ["mbq_ao = _mbq_ao_autoload:install"],
+        "console_scripts": ["mbq-ao = mbq_ao.cli:app"],
+    },
+    package_data={
+        "mbq_ao": ["py.typed"],
+        "mbq_ao.demo": ["*.safetensors"],
+        "mbq_ao.evaluation.tasks": ["*.yaml", "*.parquet", "*.md"],
+    },
     # The lower bounds are the versions the tests have been run with, not guesses.
     install_requires=[
         "torch>=2.13",
@@ -34,6 +41,8 @@ setup(
         "transformers>=5.23",
         "safetensors",
         "tqdm",
+        "typer>=0.29",
+        "rich>=15",
     ],
     extras_require={
         "demo": [*demo, "matplotlib"],

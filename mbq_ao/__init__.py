@@ -20,20 +20,37 @@ The tree, and which way imports go (each line imports only from lines above it):
     safetensors_format.py  quantized weights in safetensors files: the checkpoint format
     generation.py          compiled `model.generate`
     hf_quantizer.py        quant_method "mbq" of transformers; pretrained.py: save_pretrained, from_pretrained
-    demo/                  a real small vision-language model, and `python -m mbq_ao demo`
+    evaluation/            lm-eval's tasks and a few offline ones, on quantized models; comparisons
+    demo/                  a real small vision-language model
+    cli/                   the command line, `mbq-ao` and `python -m mbq_ao`
 """
 
 import importlib
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import _mbq_ao_autoload
-from mbq_ao._quiet import import_torchao
 
-import_torchao()
 
-from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig  # noqa: E402
-from mbq_ao.int3_tensor import MBQInt3Tensor  # noqa: E402
-from mbq_ao.quantize import MBQConfig, mbq_config, quantize_  # noqa: E402
-from mbq_ao.w4a8_tensor import MBQW4A8Tensor  # noqa: E402
+def _is_command_line() -> bool:
+    """Whether this process is `mbq-ao` or `python -m mbq_ao`, whose --help is not to wait seconds for torch."""
+    start = sys.argv[0] if sys.argv else ""
+    if start == "-m":  # Python is looking for the module to run
+        return ("-m", "mbq_ao") in pairwise(sys.orig_argv)
+    return Path(start).stem == "mbq-ao"
+
+
+if TYPE_CHECKING or not _is_command_line():
+    from mbq_ao._quiet import import_torchao
+
+    import_torchao()
+
+    from mbq_ao.config import Int3WeightOnlyConfig, Int8DynamicActivationInt4WeightMBQConfig
+    from mbq_ao.int3_tensor import MBQInt3Tensor
+    from mbq_ao.quantize import MBQConfig, mbq_config, quantize_
+    from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 
 __version__ = "0.1.0.dev0"
 
@@ -48,6 +65,7 @@ __all__ = [
     "calibration_data",
     "compile_for_generation",
     "compile_options",
+    "evaluate",
     "from_pretrained",
     "fuse_linears_",
     "load_safetensors",
@@ -60,16 +78,25 @@ __all__ = [
 ]
 
 
-# Loaded when asked for, so that serving a model imports neither the calibration nor torch.compile's machinery.
+# Loaded when asked for, so that serving a model imports neither the calibration nor torch.compile's machinery. What is
+# imported above is here for the command line.
 _LAZY = {
     "CalibrationReport": "mbq_ao.calibration.report",
+    "Int3WeightOnlyConfig": "mbq_ao.config",
+    "Int8DynamicActivationInt4WeightMBQConfig": "mbq_ao.config",
+    "MBQConfig": "mbq_ao.quantize",
+    "MBQInt3Tensor": "mbq_ao.int3_tensor",
+    "MBQW4A8Tensor": "mbq_ao.w4a8_tensor",
     "ScaleGroup": "mbq_ao.calibration.fold",
     "calibration_data": "mbq_ao.calibration.data",
     "compile_for_generation": "mbq_ao.generation",
     "compile_options": "mbq_ao.fuse_linears",
+    "evaluate": "mbq_ao.evaluation",
     "from_pretrained": "mbq_ao.pretrained",
     "fuse_linears_": "mbq_ao.fuse_linears",
     "load_safetensors": "mbq_ao.safetensors_format",
+    "mbq_config": "mbq_ao.quantize",
+    "quantize_": "mbq_ao.quantize",
     "save_pretrained": "mbq_ao.pretrained",
     "save_safetensors": "mbq_ao.safetensors_format",
     "tune": "mbq_ao.tuning",

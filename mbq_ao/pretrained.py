@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from mbq_ao.hf_quantizer import (
     CHECKSUMS,
@@ -122,8 +122,7 @@ def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True
         key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if key in kwargs
     }
     config = kwargs.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **hub)
-    settings = getattr(config, "quantization_config", None)
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    method = quant_method(config)
     if method != METHOD:
         raise ValueError(
             f"{name_or_path} is not an mbq checkpoint: its config.json has "
@@ -154,6 +153,12 @@ def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True
             f"{name_or_path} does not fill a {architecture}: {listed(lacking)} missing, or of another shape there"
         )
     return model
+
+
+def quant_method(config: PreTrainedConfig) -> str | None:
+    """Which library quantized the checkpoint of this config; None: none did."""
+    settings = getattr(config, "quantization_config", None)
+    return settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
 
 
 def model_card(model: PreTrainedModel, report: CalibrationReport | None) -> str:

@@ -19,6 +19,7 @@ ORDER = [
     "config",
     "calibration",
     "quantize",
+    "evaluation",
     "demo",
 ]
 SAME_LAYER = {"packed_shapes": "packed_weight", "packed_products": "packed_weight", "w4a8_tensor": "int3_tensor"}

@@ -21,7 +21,7 @@ from mbq_ao.calibration.residency import Placement
 IGNORE_INDEX = -100
 """The label of a token that is not part of the answer, as everywhere in transformers."""
 
-_OWN_KEYS = ("labels", "vision_mask", "answer_mask")
+OWN_KEYS = ("labels", "vision_mask", "answer_mask")
 _VISION_TOKEN_FIELDS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 
 
@@ -110,7 +110,7 @@ def _iterate_mappings(calib_data: Iterable[Mapping[str, Any]]) -> Iterator[Mappi
 
 def _make_batch(model: nn.Module, raw: Mapping[str, Any], index: int, device: torch.device) -> CalibrationBatch:
     batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in raw.items()}
-    inputs = {k: v for k, v in batch.items() if k not in _OWN_KEYS}
+    inputs = {k: v for k, v in batch.items() if k not in OWN_KEYS}
     ids = batch.get("input_ids")
     tokens = batch.get("inputs_embeds") if ids is None else ids
     if tokens is None:

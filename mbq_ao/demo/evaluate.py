@@ -13,18 +13,17 @@ read), four times faster.  share_prefix=False sends each prompt by itself and fi
 transformers with a chat template.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, ProcessorMixin
 
-from mbq_ao.demo.data import IGNORE, VqaRow, chat_messages, group_by_image, labelled_inputs, prompt_parts
+from mbq_ao.demo.data import VqaRow, chat_messages, group_by_image, labelled_inputs, prompt_parts
+from mbq_ao.evaluation.answers import answer_logits, answer_score, clustered_standard_error
 
 
 @dataclass(frozen=True)
@@ -51,33 +50,9 @@ class Evaluation:
         )
 
 
-def clustered_standard_error(values: Sequence[float], clusters: Sequence[int]) -> float:
-    """Standard error of the mean of values whose errors may be correlated within a cluster (sandwich estimator).
-
-    sqrt(G / (G - 1) * sum_g (sum_{i in g} (v_i - mean))^2) / n for G clusters and n values; NaN for one cluster.
-    """
-    mean = sum(values) / len(values)
-    residuals: dict[int, float] = {}
-    for value, cluster in zip(values, clusters, strict=True):
-        residuals[cluster] = residuals.get(cluster, 0.0) + value - mean
-    count = len(residuals)
-    if count < 2:
-        return math.nan
-    return math.sqrt(count / (count - 1) * sum(r * r for r in residuals.values())) / len(values)
-
-
-def _score(logits: Tensor, targets: Tensor) -> tuple[bool, float]:
-    """Whether every target is the arg max, and the reply's NLL.  logits: (T, V); targets: (T,)."""
-    nll = F.cross_entropy(logits.float(), targets, reduction="sum")
-    return bool((logits.argmax(-1) == targets).all()), float(nll)
-
-
 def plain_logits(model: PreTrainedModel, processor: ProcessorMixin, row: VqaRow) -> tuple[Tensor, Tensor]:
     """Logits (T, V) that predict the T tokens of the reply, and those tokens, from one whole prompt."""
-    inputs = {k: v.to(model.device) for k, v in labelled_inputs(processor, row).items()}
-    labels = inputs.pop("labels")[0, 1:]
-    logits = model(**inputs, use_cache=False).logits[0, :-1]
-    return logits[labels != IGNORE], labels[labels != IGNORE]
+    return answer_logits(model, labelled_inputs(processor, row))
 
 
 def shared_prefix_logits(
@@ -115,7 +90,7 @@ def evaluate(
             results = shared_prefix_logits(model, processor, group)
         else:
             results = [plain_logits(model, processor, row) for row in group]
-        scores |= {id(row): _score(*result) for row, result in zip(group, results, strict=True)}
+        scores |= {id(row): answer_score(*result) for row, result in zip(group, results, strict=True)}
     correct = [scores[id(row)][0] for row in rows]
     nll = [scores[id(row)][1] for row in rows]
     image_ids = [row.image_id for row in rows]

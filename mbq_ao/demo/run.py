@@ -28,8 +28,8 @@ import mbq_ao
 from mbq_ao.demo.data import calibration_batches, group_by_image, load_easy_vqa
 from mbq_ao.demo.evaluate import Evaluation, answer, evaluate
 from mbq_ao.demo.model import build_demo_vlm
+from mbq_ao.evaluation.load import nbytes
 from mbq_ao.kernels.reference import quantize_tokens
-from mbq_ao.packed_weight import PackedWeight
 
 _WEIGHTS = "model.pt"
 _LABELS = {"w3a16": "W3", "w4a8": "W4A8"}
@@ -176,14 +176,6 @@ def _round_tokens(act_pre_scale: Tensor | None, module: nn.Module, args: tuple[T
 
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
-
-
-def nbytes(model: nn.Module) -> int:
-    """Bytes of all parameters; tied ones count once."""
-    return sum(
-        p.quantized_nbytes() if isinstance(p, PackedWeight) else p.numel() * p.element_size()
-        for p in model.parameters()
-    )
 
 
 @torch.no_grad()

@@ -8,7 +8,6 @@ from models import build_batch, build_model, model_inputs
 from torch import nn
 
 from mbq_ao import MBQInt3Tensor, mbq_config, quantize_
-from mbq_ao.__main__ import main
 from mbq_ao.demo.run import unpacked_once
 from mbq_ao.packed_weight import PackedWeight
 
@@ -33,22 +32,3 @@ def test_evaluation_on_unpacked_weights_is_evaluation_of_the_served_model(
     assert sum(isinstance(m.weight, PackedWeight) for m in model.modules() if isinstance(m, nn.Linear)) == 14
     inputs = model_inputs(batch)
     assert torch.equal(unpacked(**inputs).logits, model(**inputs).logits)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "precision", "group_size"),
-    [
-        ([], "w3a16", 64),
-        (["--model", "name"], "w3a16", "auto"),
-        (["--group-size", "row"], "w3a16", None),
-        (["--precision", "w4a8"], "w4a8", "auto"),
-        (["--precision", "w4a8", "--group-size", "128"], "w4a8", 128),
-    ],
-)
-def test_command_line(
-    arguments: list[str], precision: str, group_size: object, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    given: dict[str, Any] = {}
-    monkeypatch.setattr("mbq_ao.demo.run.run_demo", lambda **options: given.update(options))
-    assert main(["demo", *arguments]) == 0
-    assert (given["precision"], given["group_size"]) == (precision, group_size)

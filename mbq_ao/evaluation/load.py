@@ -1,0 +1,68 @@
+"""Models and processors by name or path, whoever made the checkpoint."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from mbq_ao.hf_quantizer import METHOD
+from mbq_ao.packed_weight import PackedWeight
+from mbq_ao.pretrained import from_pretrained, quant_method
+
+DEMO = "demo"
+
+
+def load(name_or_path: str | os.PathLike[str], processor: Any = None, **kwargs: Any) -> tuple[Any, Any]:
+    """(model in eval mode, processor) of a checkpoint: ours, or any that the Auto classes load.
+
+    name_or_path: a folder or a hub name; "demo" is the small model that comes with this package, where there is no
+        folder of that name.
+    processor: if the checkpoint has none, or another is wanted.
+    kwargs: as `from_pretrained` takes them (device_map, dtype, revision, ...).
+
+    Raises ValueError if the checkpoint has no processor, or is damaged; OSError if there is none.
+    """
+    name = os.fspath(name_or_path)
+    if name == DEMO and not Path(name).exists():
+        return _load_demo(**kwargs)
+    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    config = AutoConfig.from_pretrained(name, **hub)
+    processor = processor or _load_processor(name, **hub)
+    if quant_method(config) == METHOD:
+        model = from_pretrained(name, config=config, **kwargs)
+    else:
+        sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        model = kind.from_pretrained(name, config=config, **{"dtype": "auto", **kwargs})
+    return model.eval(), processor
+
+
+def _load_demo(device_map: Any = None, dtype: Any = None, **ignored: Any) -> tuple[Any, Any]:
+    from mbq_ao.demo.model import build_demo_vlm
+
+    model, processor = build_demo_vlm(dtype if isinstance(dtype, torch.dtype) else torch.float32)
+    return model.to(device_map or "cpu"), processor
+
+
+def _load_processor(name: str, **hub: Any) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(name, **hub)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{name} has no processor (or tokenizer) that can be loaded: save the original model's beside it, "
+            f"AutoProcessor.from_pretrained(ORIGINAL).save_pretrained({name!r}), or pass processor= ({error})"
+        ) from error
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters; tied ones count once."""
+    return sum(
+        p.quantized_nbytes() if isinstance(p, PackedWeight) else p.numel() * p.element_size()
+        for p in model.parameters()
+    )
