@@ -82,6 +82,7 @@ def main(prefixes: list[str]) -> None:
     # The kernel is another process: it finds the package that lies here, installed or not.
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, in a kernel without ipywidgets
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
+    os.environ["GIT_DIR"] = str(FOLDER.parent / ".git")  # lm-eval asks git for a commit, which complains elsewhere
     for script in scripts():
         if not prefixes or script.name.startswith(tuple(prefixes)):
             print(build(script).name, flush=True)
