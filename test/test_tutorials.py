@@ -89,6 +89,8 @@ def test_notebook_is_the_script_run(script: Path, builder: ModuleType) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(bool(cell.outputs) for cell in code) > len(code) / 2
-    assert any("image/png" in output.get("data", {}) for cell in code for output in cell.outputs)
+    for cell in code:
+        drawn = any("image/png" in output.get("data", {}) for output in cell.outputs)
+        assert drawn == ("plt.show()" in cell.source or "report.plot()" in cell.source), cell.source
     assert builder.defects(notebook) == []
     assert notebook.metadata == builder.METADATA

@@ -24,7 +24,6 @@ from mbq_ao.demo.data import load_easy_vqa
 from mbq_ao.demo.model import build_demo_vlm
 
 plt.rcParams["figure.dpi"] = 72
-torch.manual_seed(0)
 folder = Path(tempfile.mkdtemp())
 
 # %% [markdown]
@@ -137,6 +136,7 @@ class HomeMadeVLM(nn.Module):
         return self.head(self.last_norm(x))
 
 
+torch.manual_seed(0)
 model = HomeMadeVLM(len(processor.tokenizer), image_token).eval()
 print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters")
 
@@ -241,7 +241,7 @@ except ValueError as error:
 save_safetensors(model, folder / "model.safetensors")
 fresh = HomeMadeVLM(len(processor.tokenizer), image_token).eval()
 fresh.load_state_dict(load_safetensors(folder / "model.safetensors"), assign=True)
-print(fresh.layers[0].shrink)
+print(fresh.layers[0].shrink.weight)
 with torch.no_grad():
     print("the same logits, bit for bit:", torch.equal(fresh(**batch), model(**batch)))
 

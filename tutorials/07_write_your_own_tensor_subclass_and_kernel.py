@@ -27,7 +27,7 @@ if device == "cpu":
 
 import mbq_ao  # noqa: F401  (imports torchao without its start-up messages)
 
-torch.manual_seed(0)
+print("kernels run on", device)
 
 # %%
 import triton
@@ -66,6 +66,7 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
     return (q.to(scale.dtype) - 1.5) * scale.repeat_interleave(GROUP, 1)
 
 
+torch.manual_seed(0)
 w = torch.randn(48, 96)
 scale = choose_scale(w)
 error = (dequantize(quantize(w, scale), scale) - w).abs() / scale.repeat_interleave(GROUP, 1)

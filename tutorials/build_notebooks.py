@@ -24,8 +24,8 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "name": "python"},
 }
-# Nothing of the machine that ran it, no progress bars, no colours of a terminal.
-UNWANTED = re.compile(r"/home/|/root/|/tmp/|/work/|/Users/|site-packages|\r|\x1b|%\|")
+# Nothing of the machine or the process that ran it, no progress bars, no colours of a terminal.
+UNWANTED = re.compile(r"/home/|/root/|/tmp/|/work/|/Users/|site-packages|\b0x[0-9a-f]{8,}|\r|\x1b|%\|")
 
 
 def scripts() -> list[Path]:
