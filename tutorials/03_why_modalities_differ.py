@@ -83,9 +83,10 @@ figure.colorbar(image)
 plt.show()
 
 # %% [markdown]
-# The bright columns on the right are the tokens that predict the answer; the wide field on the left is the image. Two
-# things can be seen at once: an error on an answer token hurts much more, and what happens on the vision tokens stops
-# to matter in the late layers, when the answer has read from them what it needs.
+# Between the dotted lines is the image, before it the system prompt, after it the question. The brightest column is the
+# token that predicts the answer; the next one predicts the end of the turn, of which the model is certain anyway. Two
+# things can be seen at once: an error on a vision token hurts far less than one on the token that answers, and what
+# happens on the vision tokens stops to matter in the late layers, when the answer has read from them what it needs.
 #
 # As a number: r is the mean |g| over the vision tokens, divided by that over the answer tokens. Section 3 of the paper
 # bounds the change of the loss with exactly these two means, where the D are the mean errors on either kind of token:
@@ -115,10 +116,10 @@ plt.show()
 print(f"median over layers: r = {sorted(r)[len(r) // 2]:.2f};  first layer {r[0]:.2f}, last layer {r[-1]:.3f}")
 
 # %% [markdown]
-# On this model the gap is wide: an answer token counts as much as dozens of vision tokens, and more in late layers.
-# (The paper finds about ten on models of 7B and more, with answers of many words. Here they are a word and the end of
-# the turn.) There are 64 vision tokens for every two that answer, so they are not nothing; but counting all tokens
-# alike gives every one of them a weight of 1, where it should be r.
+# On this model the gap is wide: an answer token counts as much as twenty to fifty vision tokens in the first half of
+# the layers, and as hundreds and more in the second. (The paper finds about ten on models of 7B and more, with answers
+# of many words. Here they are a word and the end of the turn.) There are 64 vision tokens for every two that answer, so
+# they are not nothing; but counting all tokens alike gives every one of them a weight of 1, where it should be r.
 #
 # ## What the search does with it
 #

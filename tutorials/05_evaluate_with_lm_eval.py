@@ -83,10 +83,10 @@ comparison = compare(*results.values())
 Console(width=120, force_jupyter=False).print(comparison.table())
 
 # %% [markdown]
-# Read such a table with its errors. The standard error of an accuracy of 95% on 16 questions is 5 points: a model
-# that is one question better or worse has not been shown to be either. The last columns do better, as all models were
-# asked *the same* questions: what is easy or hard about them cancels in the difference, and the error of the difference
-# is that of the questions on which two models disagree.
+# Read such a table with its errors. The standard error of an accuracy of 95% on 16 questions is 5 points: a model that
+# is one question better or worse has not been shown to be either. The last columns do better, as all models were asked
+# *the same* questions: what is easy or hard about them cancels in the difference, and the error of the difference is
+# that of the questions on which two models disagree.
 #
 # ## What broke
 #

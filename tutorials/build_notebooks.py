@@ -1,6 +1,7 @@
 """Run every tutorial cell by cell and write it as a notebook, outputs and pictures inside: `make notebooks`.
 
     python tutorials/build_notebooks.py [01 07 ...]       those whose names begin so; all, if none is named
+    python tutorials/build_notebooks.py --text [01 ...]   after a change of the prose: the outputs stay, nothing is run
 
 The scripts are what is edited; the notebooks are built. What differs from run to run (cell ids, execution times) is
 left out, so that a notebook changes only where its script or an output does.
@@ -71,6 +72,21 @@ def build(script: Path) -> Path:
             resources={"metadata": {"path": folder}},
         ).execute()
     notebook.metadata = nbformat.from_dict(METADATA)
+    return write(notebook, script)
+
+
+def with_new_text(script: Path) -> Path:
+    """Write the notebook anew with the outputs that it has. Raises ValueError if a code cell has changed."""
+    notebook, old = as_notebook(script), nbformat.read(script.with_suffix(".ipynb"), as_version=4)
+    cells, old_cells = ([cell for cell in n.cells if cell.cell_type == "code"] for n in (notebook, old))
+    if [cell.source for cell in cells] != [cell.source for cell in old_cells]:
+        raise ValueError(f"{script.name} has other code than its notebook: build it without --text")
+    for cell, old_cell in zip(cells, old_cells, strict=True):
+        cell.outputs, cell.execution_count = old_cell.outputs, old_cell.execution_count
+    return write(notebook, script)
+
+
+def write(notebook: NotebookNode, script: Path) -> Path:
     path = script.with_suffix(".ipynb")
     nbformat.write(notebook, path)
     if found := defects(notebook):
@@ -78,14 +94,16 @@ def build(script: Path) -> Path:
     return path
 
 
-def main(prefixes: list[str]) -> None:
+def main(arguments: list[str]) -> None:
+    prefixes = [argument for argument in arguments if argument != "--text"]
+    make = build if prefixes == arguments else with_new_text
     # The kernel is another process: it finds the package that lies here, installed or not.
     os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"  # tqdm's, in a kernel without ipywidgets
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(FOLDER.parent), os.environ.get("PYTHONPATH")]))
     os.environ["GIT_DIR"] = str(FOLDER.parent / ".git")  # lm-eval asks git for a commit, which complains elsewhere
     for script in scripts():
         if not prefixes or script.name.startswith(tuple(prefixes)):
-            print(build(script).name, flush=True)
+            print(make(script).name, flush=True)
 
 
 if __name__ == "__main__":
