@@ -71,8 +71,8 @@ print("the rest:", repr(processor.tokenizer.decode(ids[~is_image & (labels == -1
 # ## Quantize
 #
 # The main job is two lines. 64 columns share a scale, as this model's width, 576, is a multiple of 64. `n_grid` is how
-# many scales are tried for each group of linears; the default of 20 takes five times as long, which a real model
-# deserves.
+# many scales are tried for each group of linears; with the default of 20 the search takes five times as long, which a
+# real model deserves.
 
 # %%
 config = mbq_config(calib_data, group_size=64, n_grid=4)

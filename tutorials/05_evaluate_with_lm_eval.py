@@ -10,11 +10,12 @@
 
 # %%
 import copy
+import io
 import os
 import tempfile
+from contextlib import redirect_stderr
 
 os.environ["MBQ_AO_CPU_COMPILE"] = "0"  # so few questions are answered sooner without compiling the CPU kernel first
-os.environ["TQDM_DISABLE"] = "1"  # no progress bars on this page
 
 import matplotlib.pyplot as plt
 from PIL import Image
@@ -48,7 +49,7 @@ def rounded(group_size: int) -> nn.Module:
     return model
 
 
-models = {"full precision": original, "3 bits, groups of 64": rounded(64), "3 bits, groups of 128": rounded(128)}
+models = {"full precision": original, "3 bits / 64": rounded(64), "3 bits / 128": rounded(128)}
 
 # %% [markdown]
 # ## One call a model
@@ -58,21 +59,20 @@ models = {"full precision": original, "3 bits, groups of 64": rounded(64), "3 bi
 # `log_samples` keeps every answer, which the comparison needs.
 
 # %%
-results = {
-    name: evaluate(
-        model,
-        ["easy_vqa"],
-        processor=processor,
-        name=name,
-        limit=24,
-        batch_size=12,
-        log_samples=True,
-        bootstrap_iters=0,
-    )
-    for name, model in models.items()
-}
+results = {}
+with redirect_stderr(io.StringIO()):  # lm-eval's progress bars
+    for name, model in models.items():
+        results[name] = evaluate(
+            model,
+            ["easy_vqa"],
+            processor=processor,
+            name=name,
+            limit=16,
+            batch_size=16,
+            log_samples=True,
+        )
 scores = results["full precision"]["results"]["easy_vqa"]
-print({key: value for key, value in scores.items() if key.startswith("exact_match")})
+print({key: round(float(value), 3) for key, value in scores.items() if key.startswith("exact_match")})
 
 # %% [markdown]
 # What comes back is lm-eval's own dictionary, in the form in which its leaderboards and scripts expect it;
@@ -80,7 +80,7 @@ print({key: value for key, value in scores.items() if key.startswith("exact_matc
 
 # %%
 comparison = compare(*results.values())
-Console(width=120, force_jupyter=False).print(comparison.table())
+Console(width=120, force_jupyter=False, force_terminal=False).print(comparison.table())
 
 # %% [markdown]
 # Read such a table with its errors. The standard error of an accuracy of 95% on 16 questions is 5 points: a model that
@@ -95,7 +95,7 @@ Console(width=120, force_jupyter=False).print(comparison.table())
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
-    found = bad_cases(results["full precision"], results["3 bits, groups of 128"], folder)
+    found = bad_cases(results["full precision"], results["3 bits / 128"], folder)
     print(found["tasks"]["easy_vqa"])
     shown = found["cases"][:4]
     figure, axes = plt.subplots(1, max(len(shown), 1), figsize=(2.8 * max(len(shown), 1), 2.8), squeeze=False)

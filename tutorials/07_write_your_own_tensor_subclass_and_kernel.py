@@ -127,9 +127,9 @@ def int2_linear_kernel(
 
 
 # %% [markdown]
-# Four programs read the same byte four times here, and BLOCK_M and BLOCK_N are fixed. On a GPU this is where the work
-# begins: loads of sixteen bytes, a layout that suits them, blocks chosen by measuring on the very device. None of that
-# changes anything around the kernel, and the interpreter cannot tell you which is faster.
+# Each byte is loaded four times here, once for each of its codes, and BLOCK_M and BLOCK_N are fixed. On a GPU this is
+# where the work begins: loads of sixteen bytes, a layout that suits them, blocks chosen by measuring on the very
+# device. None of that changes anything around the kernel, and the interpreter cannot tell you which is faster.
 #
 # ## 4. The op
 #
