@@ -124,12 +124,17 @@ show(answers)
 #
 # In ten lines, with a model from the hub:
 #
-# ```python import torch from transformers import AutoModelForImageTextToText, AutoProcessor from mbq_ao import
-# calibration_data, mbq_config, quantize_
+# ```python
+# import torch
+# from transformers import AutoModelForImageTextToText, AutoProcessor
+# from mbq_ao import calibration_data, mbq_config, quantize_
 #
-# name = "llava-hf/llava-onevision-qwen2-7b-ov-hf" model = AutoModelForImageTextToText.from_pretrained(name,
-# dtype=torch.bfloat16) processor = AutoProcessor.from_pretrained(name) calib_data =
-# calibration_data("conversations.jsonl", processor, image_folder="images", dtype=torch.bfloat16) print(quantize_(model,
-# mbq_config(calib_data), device="cuda")) model.save_pretrained("llava-w3") ```
+# name = "llava-hf/llava-onevision-qwen2-7b-ov-hf"
+# model = AutoModelForImageTextToText.from_pretrained(name, dtype=torch.bfloat16)
+# processor = AutoProcessor.from_pretrained(name)
+# calib_data = calibration_data("conversations.jsonl", processor, image_folder="images", dtype=torch.bfloat16)
+# print(quantize_(model, mbq_config(calib_data), device="cuda"))
+# model.save_pretrained("llava-w3")
+# ```
 #
 # Next: [3. why this weighs vision and answer tokens differently](03_why_modalities_differ.ipynb).

@@ -91,14 +91,17 @@ for name, number in graphs[0].most_common(8):
 
 # %% [markdown]
 # Each of the 7 x 30 quantized linears is exactly one node, `mbq_ao.int3_linear`: nothing is unpacked outside of the
-# kernels, and no full weight is ever in memory. The only other matrix products are those of attention and, last, the
-# output head, which stays in full precision. Everything in between are small operations on one token, the norms, rotary
-# embeddings, activations and additions, that inductor fuses.
+# kernels, and no full weight is ever in memory. Beside them there are few matrix products, those of attention and,
+# last, the output head, which stays in full precision. Everything in between are small operations on one token, the
+# norms, rotary embeddings, activations and additions, that inductor fuses.
 #
 # ## On a GPU
 #
-# ```python model.to("cuda") compile_for_generation(model, max_cache_len=4096)  # once; the first generate compiles
-# model.generate(**inputs, max_new_tokens=100)       # as always ```
+# ```python
+# model.to("cuda")
+# compile_for_generation(model, max_cache_len=4096)  # once; the first generate compiles
+# model.generate(**inputs, max_new_tokens=100)       # as always
+# ```
 #
 # Two more things may help, and are off until asked for. They have not been measured on a GPU yet, and this page, run on
 # a CPU, says nothing about speed:

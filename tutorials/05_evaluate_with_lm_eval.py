@@ -126,7 +126,9 @@ for name, model in list(models.items())[1:]:
 #
 # ## From the command line
 #
-# ``` mbq-ao eval path/to/original path/to/quantized --tasks easy_vqa,text_perplexity --limit 200 --output results ```
+# ```
+# mbq-ao eval path/to/original path/to/quantized --tasks easy_vqa,text_perplexity --limit 200 --output results
+# ```
 #
 # evaluates both, prints the table, and writes the JSON files, the table and the bad cases. Tasks of lm-eval that need
 # their data from the network go by the same names as there: `--tasks mmmu_val,hellaswag`.

@@ -24,7 +24,8 @@ from mbq_ao.demo.data import load_easy_vqa
 from mbq_ao.demo.model import build_demo_vlm
 
 plt.rcParams["figure.dpi"] = 72
-folder = Path(tempfile.mkdtemp())
+temporary = tempfile.TemporaryDirectory()  # gone at the end, with all that this page writes
+folder = Path(temporary.name)
 
 # %% [markdown]
 # ## Conversations in a file
