@@ -8,6 +8,7 @@ and where the package is installed with pip so does `import torch` (_mbq_ao_auto
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -34,6 +35,13 @@ from mbq_ao.safetensors_format import (
     check_version,
     flatten_weights,
     opened,
+)
+from mbq_ao.tensor_parallel import (
+    is_sharded,
+    local_weight,
+    shard_later,
+    shard_of,
+    shard_the_rest,
 )
 
 METHOD = "mbq"
@@ -109,6 +117,7 @@ class MBQHfQuantizer(HfQuantizer):
     quantization_config: MBQCheckpointConfig
     report: Any = None  # the CalibrationReport, in the process that calibrated
     dtype: torch.dtype | None = None  # that the model is loaded in
+    parallel = False  # whether the model is loaded tensor parallel
 
     @property
     def is_compileable(self) -> bool:
@@ -133,6 +142,19 @@ class MBQHfQuantizer(HfQuantizer):
         self.dtype = dtype
         return dtype
 
+    def update_parallel_plan(self, model: Any, plan: dict[str, str]) -> None:
+        distributed = getattr(model.config, "distributed_config", None)
+        if distributed is None:
+            return
+        if distributed.dp_size > 1 or distributed.pp_size > 1:
+            raise ValueError(
+                "quantized weights can be sharded tensor parallel only: leave fsdp_size, dp_replicate_size and pp_size "
+                f"of DistributedConfig at 1, got {distributed}"
+            )
+        self.parallel = True
+        override = distributed.tp_plan if plan is model.tp_plan else distributed.ep_plan
+        shard_later(model, plan, override, self.quantization_config.parameters)
+
     def get_weight_conversions(self) -> list[WeightConverter]:
         parts = dict.fromkeys(
             part
@@ -140,7 +162,10 @@ class MBQHfQuantizer(HfQuantizer):
             for part in (*kind.tensor_data_names, *kind.optional_tensor_data_names)
         )
         return [
-            WeightConverter([f"_{parameter}_{part}" for part in parts], parameter, [_Assemble(self)])
+            # Sharded weights are put together on the host: the device shall hold this rank's part only.
+            WeightConverter(
+                [f"_{parameter}_{part}" for part in parts], parameter, [_Assemble(self)], force_cpu=self.parallel
+            )
             for parameter in self.quantization_config.parameters
         ]
 
@@ -160,6 +185,13 @@ class MBQHfQuantizer(HfQuantizer):
         model._weight_conversions = [
             c for c in conversions if not any(isinstance(op, _Assemble) for op in getattr(c, "operations", ()))
         ]
+        shard_the_rest(model)
+        if self.parallel and not any(is_sharded(p) for p in model.parameters()):
+            warnings.warn(
+                f"the tp_plan of {type(model).__name__} shards none of the quantized weights, so that every rank holds "
+                "all of them: give rules for its layers, DistributedConfig(tp_plan={...}), see docs/parallel.md",
+                stacklevel=2,
+            )
         found, expected = len(packed_weights(model)), self.quantization_config.num_weights
         if expected is not None and found != expected:
             raise ValueError(
@@ -167,9 +199,10 @@ class MBQHfQuantizer(HfQuantizer):
                 "incomplete, or of another architecture"
             )
         if self.dtype is not None and str(self.dtype).removeprefix("torch.") != self.quantization_config.dtype:
-            for name, weight in packed_weights(model).items():
+            for name in packed_weights(model):
                 module, parameter = get_module_from_name(model, name)
-                module._parameters[parameter] = nn.Parameter(weight.data.to(self.dtype), requires_grad=False)
+                weight = module._parameters[parameter].data.to(self.dtype)
+                module._parameters[parameter] = nn.Parameter(weight, requires_grad=False)
         attach(model, config=self.quantization_config)
         return model
 
@@ -211,7 +244,7 @@ class _Assemble(ConversionOps):
         module._is_hf_initialized = True
         if isinstance(module, nn.Linear):
             show_weight(module)
-        return weight
+        return shard_of(weight, module, parameter, name)
 
     @property
     def reverse_op(self) -> ConversionOps:
@@ -230,8 +263,9 @@ def _attributes(shape: Sequence[int], groups: int, group_size: int | None, trans
 
 
 def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
-    """Fully qualified name -> quantized weight."""
-    return {name: p for name, p in model.named_parameters(remove_duplicate=False) if isinstance(p, PackedWeight)}
+    """Fully qualified name -> quantized weight, or what this rank has of it."""
+    weights = ((name, local_weight(p)) for name, p in model.named_parameters(remove_duplicate=False))
+    return {name: weight for name, weight in weights if weight is not None}
 
 
 def _verify(path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import fill_defaults
 
-from mbq_ao.packed_shards import repacked_parts
+from mbq_ao.packed_shards import repacked_parts, repacked_rows
 from mbq_ao.quant_primitives import num_groups
 
 if TYPE_CHECKING:
@@ -171,17 +171,17 @@ def cat_weights(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
     first = parts[0]
     dim = _wrapped_dim(first, args[1] if len(args) > 1 else kwargs.get("dim", 0))
     rows, columns = first.dim() - 2, first.dim() - 1
-    unit = {rows: first.TILE_N, columns: math.lcm(first.TILE_K, first.group_size)}.get(dim, 1)
+    unit = math.lcm(first.TILE_K, first.group_size) if dim == columns else 1
     if any(w.shape[dim] % unit for w in parts[:-1]) or any(
         _without(w.shape, dim) != _without(first.shape, dim)
         or w.block_size != first.block_size
         or w.dtype != first.dtype
         for w in parts
     ):
+        whole = f", and every part but the last a multiple of {unit}" if unit > 1 else ""
         raise ValueError(
             f"concatenating {type(first).__name__}s along dimension {dim} needs one group size and dtype, equal other "
-            f"dimensions, and every part but the last a multiple of {unit}, got "
-            f"{', '.join(w._quantization_type() for w in parts)}"
+            f"dimensions{whole}, got {', '.join(w._quantization_type() for w in parts)}"
         )
     scales = [w.act_pre_scale for w in parts]
     act_pre_scale = scales[0]
@@ -193,7 +193,11 @@ def cat_weights(func: Any, types: Any, args: Any, kwargs: Any) -> PackedWeight:
         )
     shape = list(first.shape)
     shape[dim] = sum(w.shape[dim] for w in parts)
-    data = {name: torch.cat([getattr(w, name) for w in parts], dim) for name in first.tensor_data_names}
+    names = first.tensor_data_names
+    data = {}
+    if dim == rows and any(w.shape[dim] % first.TILE_N for w in parts[:-1]):
+        data, names = {"qdata": repacked_rows(parts)}, [name for name in names if name != "qdata"]
+    data |= {name: torch.cat([getattr(w, name) for w in parts], dim) for name in names}
     return first._replace(**data, shape=shape, act_pre_scale=act_pre_scale)
 
 

@@ -59,6 +59,14 @@ def repacked_parts(w: PackedWeight, dim: int, bounds: Sequence[int]) -> tuple[Pa
     return tuple(parts)
 
 
+def repacked_rows(parts: Sequence[PackedWeight]) -> Tensor:
+    """qdata of the rows of all parts, one after the other, wherever a part ends within a tile."""
+    first = parts[0]
+    if first.dim() == 3:
+        return torch.stack([repacked_rows(experts) for experts in zip(*(w.unbind() for w in parts), strict=True)])
+    return first._pack(torch.cat([w._unpack(w.qdata, *w.shape) for w in parts]))
+
+
 def _group_size_of_parts(w: PackedWeight, bounds: Sequence[int]) -> int | None:
     """The largest group size with which every part begins at a group; None where a row has one scale."""
     if w.group_size >= w.shape[1]:

@@ -49,9 +49,6 @@ class PackedWeight(TorchAOBaseTensor):
     act_pre_scale: Tensor | None
     transposed: bool
 
-    _pack: ClassVar[Callable[[Tensor], Tensor]]  # the integers (N, K) -> qdata
-    _unpack: ClassVar[Callable[[Tensor, int, int], Tensor]]  # and back, of qdata, N and K
-
     @classmethod
     def from_hp(cls, w: Tensor, group_size: int | None, act_pre_scale: Tensor | None = None) -> Self:
         """Quantize a (N, K) or (E, N, K) weight by rounding it to the nearest point of its grid."""
@@ -60,6 +57,16 @@ class PackedWeight(TorchAOBaseTensor):
     @classmethod
     def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
         """The data of a (N, K) weight, in the order of tensor_data_names."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _pack(q: Tensor) -> Tensor:
+        """The integers (N, K) -> qdata."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _unpack(qdata: Tensor, n: int, k: int) -> Tensor:
+        """qdata of a (n, k) weight -> the integers."""
         raise NotImplementedError
 
     def _dequantize(self) -> Tensor:

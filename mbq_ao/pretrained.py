@@ -29,6 +29,7 @@ from mbq_ao.hf_quantizer import (
     packed_weights,
 )
 from mbq_ao.safetensors_format import checksums, listed
+from mbq_ao.tensor_parallel import refuse_sharded
 
 if TYPE_CHECKING:
     from mbq_ao.calibration.report import CalibrationReport
@@ -76,14 +77,15 @@ def save_pretrained(
     report: shown in the card; None: the one that `quantize_` returned for this model, if it was this process.
     Other arguments (max_shard_size, variant, ...) go to transformers.
 
-    Raises ValueError if the model has no quantized weights, or tensors of another quantization library, and with
-    push_to_hub=True; OSError if the folder cannot be written.
+    Raises ValueError if the model has no quantized weights, or tensors of another quantization library, or is tensor
+    parallel, and with push_to_hub=True; OSError if the folder cannot be written.
     """
     if push_to_hub:
         raise ValueError("save_pretrained(push_to_hub=True) is not supported; call model.push_to_hub(repo_id)")
     target = Path(save_directory)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"save_directory must be a folder, {target} is a file")
+    refuse_sharded(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, MBQHfQuantizer):
         if not packed_weights(model):
@@ -113,7 +115,7 @@ def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True
     """Load a quantized checkpoint with the class that config.json names.
 
     verify: compare the tensors with the checksums saved beside them.  kwargs: as transformers' `from_pretrained`
-    takes them (device_map, dtype, attn_implementation, revision, ...).
+    takes them (device_map, distributed_config, dtype, attn_implementation, revision, ...).
 
     Raises ValueError if the checkpoint is not ours, damaged, incomplete or of a newer format; transformers itself would
     only warn of some of that, and fill in random numbers. OSError if there is no such checkpoint.

@@ -5,7 +5,18 @@ from itertools import combinations
 import pytest
 import torch
 import torch.nn.functional as F
-from packed_weights import K, Kind, N, assert_same, assert_same_data, each_kind, quantized, random_x
+from packed_weights import (
+    K,
+    Kind,
+    N,
+    assert_same,
+    assert_same_data,
+    each_kind,
+    expected_linear,
+    experts,
+    quantized,
+    random_x,
+)
 
 from mbq_ao import MBQW4A8Tensor
 
@@ -85,6 +96,28 @@ class TestShapes:
         assert both.group_size == k // 2
         assert_same(both.dequantize(), w.dequantize())
         torch.testing.assert_close(F.linear(random_x(3, k), both), F.linear(random_x(3, k), w), rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("dim", [0, 1])
+    @pytest.mark.parametrize("group_size", [32, 64, 128, None])
+    def test_split_where_no_view_serves(self, group_size: int | None, dim: int, kind: Kind) -> None:
+        """Within tiles and within groups, which become smaller; the values are the same."""
+        sizes = [(50, 45, 5), (160, 32, 108)][dim]
+        w = quantized(kind, 100, 300, group_size, pre_scale=True)
+        for part, expected in zip(w.split(sizes, dim), w.dequantize().split(sizes, dim), strict=True):
+            assert_same(part.dequantize(), expected)
+            x = random_x(3, part.shape[1])
+            torch.testing.assert_close(F.linear(x, part), expected_linear(x, part), rtol=1e-4, atol=1e-4)
+        for part, expected in zip(w.t().split(sizes, 1 - dim), w.t().dequantize().split(sizes, 1 - dim), strict=True):
+            assert_same(part.dequantize(), expected)
+
+    def test_splits_of_experts_and_rows_that_are_joined(self, kind: Kind) -> None:
+        w = experts(kind, 2, 100, 192, 64, pre_scale=True)
+        for dim in (1, 2):
+            for t, d in ((w, dim), (w.mT, 3 - dim)):
+                for part, expected in zip(t.chunk(2, d), t.dequantize().chunk(2, d), strict=True):
+                    assert_same(part.dequantize(), expected)
+        assert_same_data(torch.cat(w.split([70, 30], 1), dim=1), w)
+        assert_same_data(torch.cat(w[0].split([70, 30])), w[0])
 
     def test_an_empty_slice_at_the_end_of_any_size(self, kind: Kind) -> None:
         w = quantized(kind, 40, 100, 32)

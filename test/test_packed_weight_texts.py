@@ -154,13 +154,21 @@ device=cpu); quantize its dequantize() first with MBQInt3Tensor.from_hp""",
         )
 
     def test_cat(self) -> None:
-        w = int3(40)
+        w = int3(40, 100)
         self.assertExpectedInline(
-            self.says(ValueError, lambda: torch.cat([w, w])),
+            self.says(ValueError, lambda: torch.cat([w, w], dim=1)),
+            """\
+concatenating MBQInt3Tensors along dimension 1 needs one group size and dtype, equal other
+dimensions, and every part but the last a multiple of 128, got shape=(40, 100), group_size=64,
+dtype=torch.float32, shape=(40, 100), group_size=64, dtype=torch.float32""",
+        )
+        other = [int3(), int3(group_size=32)]
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: torch.cat(other)),
             """\
 concatenating MBQInt3Tensors along dimension 0 needs one group size and dtype, equal other
-dimensions, and every part but the last a multiple of 32, got shape=(40, 384), group_size=64,
-dtype=torch.float32, shape=(40, 384), group_size=64, dtype=torch.float32""",
+dimensions, got shape=(96, 384), group_size=64, dtype=torch.float32, shape=(96, 384), group_size=32,
+dtype=torch.float32""",
         )
         pair = [int3(), int3(pre_scale=True)]
         self.assertExpectedInline(
@@ -171,6 +179,24 @@ dtype=torch.float32, shape=(40, 384), group_size=64, dtype=torch.float32""",
         self.assertExpectedInline(
             self.says(NotImplementedError, lambda: torch.cat(kinds)),
             """aten.cat.default: all tensors must be of one quantized type and none transposed""",
+        )
+
+    def test_split(self) -> None:
+        self.assertExpectedInline(
+            self.says(ValueError, lambda: int3(64, 300).chunk(2, dim=1)),
+            """\
+cannot split MBQInt3Tensor(shape=(64, 300), group_size=64, dtype=torch.float32, device=cpu) into
+parts of 150, 150 columns: a part must begin at a multiple of 32, or all of a row have one scale;
+take another number of ranks, quantize with group_size=None, or leave this linear out of the plan""",
+        )
+
+    def test_pad(self) -> None:
+        self.assertExpectedInline(
+            self.says(NotImplementedError, lambda: torch.nn.functional.pad(int3(), (0, 1))),
+            """\
+aten.constant_pad_nd.default: MBQInt3Tensor(shape=(96, 384), group_size=64, dtype=torch.float32,
+device=cpu) cannot be padded, as DTensor does to scatter shards of different sizes; have every rank
+hold the weight and cut out its own: parallelize_module(..., src_data_rank=None)""",
         )
 
     def test_view(self) -> None:

@@ -1,17 +1,14 @@
 """Several processes share a calibration: the model of one process bit for bit, or all models as they were.
 
-The processes are real and speak through gloo, as under torchrun. A fork server that has imported everything makes them.
+The processes are real and speak through gloo, as under torchrun (processes.py).
 """
 
 import contextlib
-import multiprocessing
 import os
-import pickle
 import signal
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,55 +17,16 @@ import torch
 import torch.distributed as dist
 from expecttest import assert_expected_inline as expect
 from models import assert_unchanged, build_batch, build_model, snapshot
+from processes import on_ranks
 from results import Result, assert_same, parts_of
 from torch.distributed.fsdp import fully_shard
 from torchao.quantization import Int8WeightOnlyConfig
-from tqdm.auto import tqdm
 
 from mbq_ao import mbq_config, quantize_
 from mbq_ao.calibration import block, mbq, plan, ranks
 from mbq_ao.calibration.ranks import ALONE, SeveralRanks, joined_ranks
 
-TIMEOUT = 300  # seconds; on an idle machine the slowest takes ten
 KILLED = f"exit code {-signal.SIGKILL}"
-
-
-def on_ranks(size: int, folder: Path, task: Callable[..., Any], /, **options: Any) -> list[Any]:
-    """What `task(rank, **options)` returns on each of `size` processes; the exit code in words for one that died."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_ranks", "transformers.models.llava.modeling_llava"])
-    meeting_place = folder / f"ranks_{time.monotonic_ns()}"
-    meeting_place.mkdir()
-    common = (size, meeting_place, torch.get_num_threads(), task, options)
-    processes = [context.Process(target=one_rank, args=(rank, *common)) for rank in range(size)]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + TIMEOUT
-    for process in processes:
-        process.join(max(0.0, deadline - time.monotonic()))
-    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for rank in hanging:
-        processes[rank].kill()
-    assert not hanging
-    found = [meeting_place / f"result_{rank}" for rank in range(size)]
-    return [
-        pickle.loads(path.read_bytes()) if path.exists() else f"exit code {process.exitcode}"
-        for path, process in zip(found, processes, strict=True)
-    ]
-
-
-def one_rank(
-    rank: int, size: int, meeting_place: Path, threads: int, task: Callable[..., Any], options: dict[str, Any]
-) -> None:
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
-    torch.set_num_threads(threads)
-    dist.init_process_group("gloo", init_method=f"file://{meeting_place}/store", rank=rank, world_size=size)
-    dist.barrier()  # one that is done and gone would be missed by one that is still connecting
-    result = task(rank, **options)
-    partial = meeting_place / f"partial_{rank}"
-    partial.write_bytes(pickle.dumps(result))
-    partial.rename(meeting_place / f"result_{rank}")
-    dist.destroy_process_group()
 
 
 def calib_data(family: str, number: int = 5) -> list[dict[str, Any]]:
