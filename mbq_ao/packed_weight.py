@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
@@ -29,7 +29,16 @@ GROUP_SIZES = (32, 64, 128, None)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class PackedWeight(TorchAOBaseTensor):
+class _PackedWeightType(type(TorchAOBaseTensor)):  # type: ignore[misc]
+    """Lets accelerate offload: it makes a parameter of what it has moved by `type(parameter)(value, requires_grad=...)`."""
+
+    def __call__(cls, *args: Any, requires_grad: bool | None = None, **kwargs: Any) -> Any:
+        if requires_grad is None:
+            return super().__call__(*args, **kwargs)
+        return nn.Parameter(*args, requires_grad=requires_grad)
+
+
+class PackedWeight(TorchAOBaseTensor, metaclass=_PackedWeightType):
     """A (N, K) or (E, N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
 
     A subclass names its data, checks it in __new__, and has from_hp, _quantize, _dequantize, _linear, _grouped_mm,
