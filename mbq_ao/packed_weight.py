@@ -30,7 +30,7 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class _PackedWeightType(type(TorchAOBaseTensor)):  # type: ignore[misc]
-    """Lets accelerate offload: it makes a parameter of what it has moved by `type(parameter)(value, requires_grad=...)`."""
+    """Lets accelerate offload: of what it moved it makes a parameter by `type(parameter)(value, requires_grad=...)`."""
 
     def __call__(cls, *args: Any, requires_grad: bool | None = None, **kwargs: Any) -> Any:
         if requires_grad is None:
