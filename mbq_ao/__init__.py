@@ -9,6 +9,7 @@ The tree, and which way imports go (each line imports only from lines above it):
     kernels/               shapes and bits: packed layout, fp32 reference, Triton kernels, the custom op
     quant_primitives.py    choose_qparams, quantize, dequantize: pure torch
     packed_weight.py       what our weights have in common; packed_shapes.py: their slices, splits and views;
+                           packed_shards.py: parts that no view can serve, and collectives;
                            packed_products.py: linears, matmuls and products of experts
     int3_tensor.py         MBQInt3Tensor, the weight that serves W3A16; w4a8_tensor.py: MBQW4A8Tensor
     fuse_linears.py        linears that read one input: one launch for them
@@ -19,6 +20,8 @@ The tree, and which way imports go (each line imports only from lines above it):
     quantize.py            mbq_config and quantize_, the front door
     safetensors_format.py  quantized weights in safetensors files: the checkpoint format
     generation.py          compiled `model.generate`
+    export.py              the decoder as a program for torch.export and AOTInductor
+    tensor_parallel.py     loading a checkpoint by several ranks
     hf_quantizer.py        quant_method "mbq" of transformers; pretrained.py: save_pretrained, from_pretrained
     demo/                  a real small vision-language model, and `python -m mbq_ao demo`
 """
@@ -48,6 +51,7 @@ __all__ = [
     "calibration_data",
     "compile_for_generation",
     "compile_options",
+    "export_decoder",
     "from_pretrained",
     "fuse_linears_",
     "load_safetensors",
@@ -67,6 +71,7 @@ _LAZY = {
     "calibration_data": "mbq_ao.calibration.data",
     "compile_for_generation": "mbq_ao.generation",
     "compile_options": "mbq_ao.fuse_linears",
+    "export_decoder": "mbq_ao.export",
     "from_pretrained": "mbq_ao.pretrained",
     "fuse_linears_": "mbq_ao.fuse_linears",
     "load_safetensors": "mbq_ao.safetensors_format",

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental import _config
 from transformers import AttentionInterface, Cache, GenerationMixin, StaticCache
@@ -54,7 +55,11 @@ def export_decoder(model: GenerationMixin, *, max_cache_len: int, batch_size: in
         _check_logits(model, decoder)
         # Without the setting, one token at a time would be a program of its own.
         with _attending_by_mask(decoder.decoder), _config.patch(backed_size_oblivious=True):
-            return torch.export.export(decoder, example, dynamic_shapes=shapes)
+            try:
+                return torch.export.export(decoder, example, dynamic_shapes=shapes)
+            except UserError as error:
+                reason = str(error).partition("\n\n")[0]
+                raise ValueError(f"{type(model).__name__} cannot be exported, torch.export says: {reason}") from error
 
 
 class _Decoder(nn.Module):
