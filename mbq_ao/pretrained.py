@@ -29,7 +29,7 @@ from mbq_ao.hf_quantizer import (
     packed_weights,
 )
 from mbq_ao.safetensors_format import checksums, listed
-from mbq_ao.tensor_parallel import refuse_sharded
+from mbq_ao.tensor_parallel import check_whole
 
 if TYPE_CHECKING:
     from mbq_ao.calibration.report import CalibrationReport
@@ -78,14 +78,14 @@ def save_pretrained(
     Other arguments (max_shard_size, variant, ...) go to transformers.
 
     Raises ValueError if the model has no quantized weights, or tensors of another quantization library, or is tensor
-    parallel, and with push_to_hub=True; OSError if the folder cannot be written.
+    parallel or offloaded, and with push_to_hub=True; OSError if the folder cannot be written.
     """
     if push_to_hub:
         raise ValueError("save_pretrained(push_to_hub=True) is not supported; call model.push_to_hub(repo_id)")
     target = Path(save_directory)
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"save_directory must be a folder, {target} is a file")
-    refuse_sharded(model)
+    check_whole(model)
     quantizer = getattr(model, "hf_quantizer", None)
     if not isinstance(quantizer, MBQHfQuantizer):
         if not packed_weights(model):

@@ -101,11 +101,16 @@ def is_sharded(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor) and local_weight(parameter) is not None
 
 
-def refuse_sharded(model: nn.Module) -> None:
-    """Raise ValueError for a tensor parallel model: its quantized weights cannot be joined for saving."""
-    name = next((name for name, parameter in model.named_parameters() if is_sharded(parameter)), None)
-    if name is not None:
-        raise ValueError(
-            f"{name} is a part of a quantized weight, the others are on other ranks, and parts are not joined for "
-            "saving: save the model before parallelize_module, or load its checkpoint in one process and save that"
-        )
+def check_whole(model: nn.Module) -> None:
+    """Raise ValueError for quantized weights that are not all here, and so cannot be saved."""
+    for name, parameter in model.named_parameters():
+        if is_sharded(parameter):
+            raise ValueError(
+                f"{name} is a part of a quantized weight, the others are on other ranks, and parts are not joined for "
+                "saving: save the model before parallelize_module, or load its checkpoint in one process and save that"
+            )
+        if isinstance(parameter, PackedWeight) and parameter.device.type == "meta":
+            raise ValueError(
+                f"{name} is offloaded by accelerate (device_map), from where quantized weights cannot be saved: load "
+                'the checkpoint with device_map="cpu" and save that'
+            )
