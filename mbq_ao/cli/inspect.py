@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbq_ao.cli.console import Json, UserError, console
-from mbq_ao.cli.models import ModelName, loading, local_folder
+from mbq_ao.cli.models import ModelName, loading, local_folder, shown
 
 if TYPE_CHECKING:
     from mbq_ao.cli.stored_weights import StoredTensor, StoredWeight, WeightStatistics
@@ -81,7 +81,7 @@ def _files_of(model: str) -> Path:
         return path
     from huggingface_hub import snapshot_download
 
-    with loading(model):
+    with loading(shown(model)):
         return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json"]))
 
 

@@ -30,8 +30,7 @@ def load_config(name: str) -> Any:
     """The model's config. Raises UserError if there is no such model."""
     from transformers import AutoConfig
 
-    local_folder(name)
-    with loading(name):
+    with loading(shown(name)):
         return AutoConfig.from_pretrained(name)
 
 
@@ -42,6 +41,11 @@ def local_folder(name: str) -> Path | None:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"there is no folder {name}; MODEL is a local folder or a hub id (owner/name)")
     return None
+
+
+def shown(name: str) -> str:
+    """The name for an error: whether it was looked for here or on the hub."""
+    return name if local_folder(name) else f"{name} from the hub (there is no such folder here)"
 
 
 def load_processor(name: str) -> Any:
