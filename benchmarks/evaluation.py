@@ -77,7 +77,7 @@ def main() -> None:
     print(table)
     note = (
         f"The first {options.limit} questions and passages of each task, {date.today()}, torch {torch.__version__}; "
-        f"`python benchmarks/evaluation.py --limit {options.limit}`.\n"
+        f"`python benchmarks/evaluation.py --limit {options.limit} --models {' '.join(options.models)}`.\n"
     )
     (RESULTS / "lm_eval_demo.md").write_text(f"{table}\n{note}", encoding="utf-8")
 

@@ -73,15 +73,15 @@ def evaluate(
     device, dtype: of a checkpoint; None: the GPU if there is one, and the dtype it was saved in.
 
     Returns what lm_eval.simple_evaluate returns, with a section "mbq_ao": version, size, settings of the quantization,
-    chat templates.
+    chat templates. Under torchrun, where every rank makes the call, those beside the first get an empty dict.
 
     Raises ValueError for an unknown task, a task of images where the model or processor sees none, a limit of 0, a
     checkpoint without processor; ImportError if lm-eval is not installed; OSError if output cannot be written.
     """
     if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
         raise ValueError(f"limit must be a number of questions from 1, or a share of them below 1, got {limit}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number from 1, got {batch_size!r}")
     names, manager = find_tasks(tasks, include_path)
     tracker = tracker_of(output)
     name, model, processor = _loaded(name, model, processor, device, dtype)

@@ -159,7 +159,8 @@ def test_own_tasks(tmp_path: Path) -> None:
     [
         ("easy_vqa", {"limit": 0}, "limit must be a number of questions from 1, or a share of them below 1, got 0"),
         ("easy_vqa", {"limit": 2.5}, "limit must be .* got 2.5"),
-        ("easy_vqa", {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ("easy_vqa", {"batch_size": 0}, "batch_size must be a whole number from 1, got 0"),
+        ("easy_vqa", {"batch_size": "auto"}, "batch_size must be a whole number from 1, got 'auto'"),
         ("", {}, "at least one task"),
         ("easy_vqa", {"include_path": "nowhere"}, "there is no folder nowhere"),
         ("easy_vqa", {"processor": None}, "comes without its processor"),
