@@ -6,6 +6,8 @@ loggers are filtered for the duration of the import; levels and the root logger 
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _NOISE = ("Failed to load ", "Skipping import of cpp extensions", "register_constant() on Enum")
 _LOGGERS = ("torchao", "torch.utils._pytree")
@@ -16,14 +18,21 @@ def _is_news(record: logging.LogRecord) -> bool:
     return not any(noise in message for noise in _NOISE)
 
 
-def import_torchao() -> None:
-    """Import the parts of torchao that this package uses."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without these lines, whatever imports torchao inside."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     for logger in loggers:
         logger.addFilter(_is_news)
     try:
-        import torchao.quantization
-        import torchao.utils  # noqa: F401
+        yield
     finally:
         for logger in loggers:
             logger.removeFilter(_is_news)
+
+
+def import_torchao() -> None:
+    """Import the parts of torchao that this package uses."""
+    with quiet():
+        import torchao.quantization
+        import torchao.utils  # noqa: F401
