@@ -1,12 +1,13 @@
-"""Import torchao without its start-up lines.
+"""torchao's first import prints what it found of its C++ extensions, and a deprecation inside torch.
 
-On a machine without its compiled extensions torchao 0.18 logs which of them it could not load, and
-torch's pytree a deprecation that torchao causes. Neither concerns a user of this package. torchao's logger is
-filtered for the duration of the import; levels and the root logger are left alone. pytree's keeps the filter for
-that one line, which would else come later, when transformers imports more of torchao.
+Neither concerns a user of this package: no kernel of ours is in those extensions. Both come through logging, so a
+filter is enough; the root logger and `warnings` are left alone. It is lifted again at the end, but for the one line
+that would else come later, when transformers imports more of torchao.
 """
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _NOT_LOADED = ("Failed to load ", "Skipping import of cpp extensions")
 _DEPRECATED = "register_constant() on Enum"
@@ -21,13 +22,20 @@ def _is_not_of_torchao(record: logging.LogRecord) -> bool:
     return _DEPRECATED not in record.getMessage()
 
 
-def import_torchao() -> None:
-    """Import the parts of torchao that this package uses."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without these lines, whatever imports torchao inside."""
     logging.getLogger("torch.utils._pytree").addFilter(_is_not_of_torchao)
     logger = logging.getLogger("torchao")
     logger.addFilter(_is_news)
     try:
-        import torchao.quantization
-        import torchao.utils  # noqa: F401
+        yield
     finally:
         logger.removeFilter(_is_news)
+
+
+def import_torchao() -> None:
+    """Import the parts of torchao that this package uses."""
+    with quiet():
+        import torchao.quantization
+        import torchao.utils  # noqa: F401

@@ -1,8 +1,8 @@
 """What the commands share: the option --json, errors and exit codes.
 
     0    done
-    1    an error of the user's (a path, a value, a damaged file), told in one line on stderr; --traceback of Python's
-         own kind with MBQ_AO_TRACEBACK=1
+    1    an error of the user's (a path, a value, a damaged file), told without a traceback on stderr; with
+         MBQ_AO_TRACEBACK=1 in the environment it keeps its traceback
     2    unknown options, missing arguments
     130  Ctrl-C
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 import os
 import sys
 import warnings
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mbq_ao._quiet import quiet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,8 +56,7 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
     def command(*args: Any, **kwargs: Any) -> None:
         out, as_json = sys.stdout, kwargs.get("as_json", False)
         try:
-            _import_quietly()
-            with redirect_stdout(sys.stderr if as_json else out), _plain_warnings():
+            with redirect_stdout(sys.stderr if as_json else out), _plain_warnings(), quiet():
                 result = function(*args, **kwargs)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
@@ -102,11 +102,3 @@ def _plain_warnings() -> Iterator[None]:
         yield
     finally:
         warnings.formatwarning = before
-
-
-def _import_quietly() -> None:
-    from mbq_ao._quiet import import_torchao
-
-    import_torchao()
-    # transformers imports more of torchao, whose deprecation remarks would open the output.
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)

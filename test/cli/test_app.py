@@ -70,6 +70,15 @@ def test_a_whole_process() -> None:
     assert "register_constant" not in done.stderr and "Failed to load" not in done.stderr
 
 
+def test_what_can_be_refused_at_once_is(llava: Path) -> None:
+    """Before the seconds that importing torch takes."""
+    code = "import sys; sys.argv[0] = 'mbq-ao'; sys.modules['torch'] = None; from mbq_ao.cli import app; app()"
+    command = ["quantize", str(llava), "--data", "no.jsonl", "--output", "out"]
+    refused = mbq_ao_process("-c", code, *command)
+    assert (refused.returncode, refused.stdout) == (1, "")
+    assert refused.stderr == "error: --data: there is no file no.jsonl\n"
+
+
 def raising(error: BaseException) -> Result:
     def command(as_json: Json = False) -> dict[str, Any]:
         """A command."""
