@@ -43,27 +43,14 @@ def to_rst(lines: Iterable[str], names: Collection[str], links: dict[str, str] |
     """
     links = links or {}
     result: list[str] = []
-    blocks = list(_blocks(lines))
-    while blocks:
-        block = blocks.pop(0)
+    for block in _blocks(lines):
         if block[0].startswith(" ") or _FORMULA.match(block[0]) or all(re.search(r"\S {3,}\S", line) for line in block):
             result += ["::", "", *(f"    {line}".rstrip() for line in block), ""]
             continue
+        others = _listed(block)
         while block:
-            block = _take(block, names, links, result)
+            block = _take(block, {*names, *others}, links, result)
     return result
-
-
-def entries(lines: Iterable[str], names: Collection[str]) -> list[str]:
-    """The names that have an entry, in order."""
-    return [
-        name
-        for block in _blocks(lines)
-        for line in block
-        for part in _parts(line.strip(), names)
-        if (match := _entry(part, names))
-        for name in match[1].split(", ")
-    ]
 
 
 def names_of(obj: Any) -> set[str]:
@@ -86,6 +73,14 @@ def _blocks(lines: Iterable[str]) -> Iterator[list[str]]:
         elif block:
             yield block
             block = []
+
+
+def _listed(block: list[str]) -> set[str]:
+    """The names of a block that is nothing but entries, whatever they are of; else none."""
+    heads = [re.match(rf"{_NAME}(?:, {_NAME})*(?=: )", line) for line in block if not line.startswith(" ")]
+    if len(heads) < 2 or not all(match and match[0][0].islower() for match in heads):
+        return set()
+    return {name for match in heads if match for name in match[0].split(", ")}
 
 
 def _entry(text: str, names: Collection[str]) -> re.Match[str] | None:
