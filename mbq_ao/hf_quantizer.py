@@ -38,6 +38,7 @@ from mbq_ao.safetensors_format import (
 
 METHOD = "mbq"
 CHECKSUMS = "mbq_checksums.json"
+REPORT = "mbq_report.json"
 
 
 @dataclass
@@ -150,7 +151,7 @@ class MBQHfQuantizer(HfQuantizer):
         loading = LOADING.get()
         if loading is None or loading.verify:
             for path in map(Path, checkpoint_files or ()):
-                _verify(path)
+                verify_shard(path)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from mbq_ao.pretrained import attach
@@ -234,18 +235,19 @@ def packed_weights(model: nn.Module) -> dict[str, PackedWeight]:
     return {name: p for name, p in model.named_parameters(remove_duplicate=False) if isinstance(p, PackedWeight)}
 
 
-def _verify(path: Path) -> None:
-    """Compare a shard with the checksums beside it. Raises ValueError naming the tensors that differ."""
+def verify_shard(path: Path) -> bool:
+    """Compare a shard with the checksums beside it; False if there are none. Raises ValueError naming what differs."""
     listed = path.parent / CHECKSUMS
-    if path.suffix != ".safetensors" or not listed.is_file():
-        return
-    expected = json.loads(listed.read_text(encoding="utf-8")).get(path.name, {})
+    expected = json.loads(listed.read_text(encoding="utf-8")).get(path.name) if listed.is_file() else None
+    if path.suffix != ".safetensors" or expected is None:
+        return False
     with opened(path) as file:
         names = set(file.keys())
         missing = sorted(expected.keys() - names)
         if missing:
             raise ValueError(f"{path} is incomplete: {', '.join(missing[:3])} missing; copy or download it again")
         check_checksums({name: file.get_tensor(name) for name in names}, expected, path)
+    return True
 
 
 def _register() -> None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
@@ -239,6 +239,14 @@ def checked_pre_scale(act_pre_scale: Tensor | None, w: Tensor) -> Tensor | None:
     if not act_pre_scale.isfinite().all():
         raise ValueError(f"act_pre_scale holds values that are NaN or infinite in {w.dtype}; it must be finite")
     return act_pre_scale
+
+
+def parameter_nbytes(model: nn.Module) -> int:
+    """Bytes of all parameters of a model, quantized or not; tied ones count once."""
+    return sum(
+        p.quantized_nbytes() if isinstance(p, PackedWeight) else p.numel() * p.element_size()
+        for p in model.parameters()
+    )
 
 
 # --- copies and conversions -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from mbq_ao.hf_quantizer import (
     CHECKSUMS,
     LOADING,
     METHOD,
+    REPORT,
     Loading,
     MBQCheckpointConfig,
     MBQHfQuantizer,
@@ -73,7 +74,8 @@ def save_pretrained(
 
     save_directory: a folder, made if missing; other files in it (the processor's) stay. Its checkpoint is replaced
         once the new one is complete: a failure leaves what was there.
-    report: shown in the card; None: the one that `quantize_` returned for this model, if it was this process.
+    report: shown in the card, and kept as mbq_report.json, which `CalibrationReport.from_json` reads. None: the one
+        that `quantize_` returned for this model, if it was this process.
     Other arguments (max_shard_size, variant, ...) go to transformers.
 
     Raises ValueError if the model has no quantized weights, or tensors of another quantization library, and with
@@ -102,7 +104,10 @@ def save_pretrained(
         table = {shard.name: _checksums_of(shard) for shard in shards}
         (staging / CHECKSUMS).write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
         (staging / "README.md").write_text(model_card(model, report), encoding="utf-8")
+        if report is not None:
+            report.to_json(staging / REPORT)
         for file in staging.iterdir():
+            file.chmod(0o666 & ~_umask())  # safetensors makes its own private
             _sync(file)
         _publish(staging, target)
     finally:
@@ -215,7 +220,7 @@ def _publish(staging: Path, target: Path) -> None:
         staging.rename(target)
         return
     new = {file.name for file in staging.iterdir()}
-    stale = [f for f in target.glob("*.safetensors*") if f.name not in new]
+    stale = [f for f in (*target.glob("*.safetensors*"), *target.glob(REPORT)) if f.name not in new]
     # config.json comes last: until then the old one stands beside shards that it describes just as well or not at all.
     for file in sorted(staging.iterdir(), key=lambda f: f.name == "config.json"):
         os.replace(file, target / file.name)

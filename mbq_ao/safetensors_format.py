@@ -77,12 +77,10 @@ def load_safetensors(
     """
     metadata = read_metadata(path)
     check_version(metadata.get("mbq_format_version"), path)
-    plain = {}
-    with opened(path) as file:
-        for name in file.keys():  # noqa: SIM118  (not a dict)
-            plain[name] = file.get_tensor(name)
     if verify:
-        check_checksums(plain, json.loads(metadata.get("mbq_checksums", "{}")), path)
+        verify_file(path)
+    with opened(path) as file:
+        plain = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
     state_dict = unflatten_weights(plain, json.loads(metadata["mbq_weights"]), path)
     return {name: tensor.to(device) for name, tensor in state_dict.items()}
 
@@ -173,6 +171,14 @@ def checksums(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 def _crc32(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
     return f"{zlib.crc32(flat.numpy()):08x}"
+
+
+def verify_file(path: str | os.PathLike[str]) -> bool:
+    """Compare a file with its own checksums; False if there are none. Raises ValueError naming what differs."""
+    with opened(path) as file:
+        expected = json.loads((file.metadata() or {}).get("mbq_checksums", "{}"))
+        check_checksums({name: file.get_tensor(name) for name in file.keys()}, expected, path)  # noqa: SIM118
+    return bool(expected)
 
 
 def check_checksums(tensors: Mapping[str, Tensor], expected: Mapping[str, str], path: object) -> None:

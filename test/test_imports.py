@@ -21,6 +21,7 @@ ORDER = [
     "quantize",
     "evaluation",
     "demo",
+    "cli",
 ]
 SAME_LAYER = {"packed_shapes": "packed_weight", "packed_products": "packed_weight", "w4a8_tensor": "int3_tensor"}
 

@@ -176,6 +176,7 @@ def test_other_files_stay_and_old_shards_go(tmp_path: Path) -> None:
         *("tokenizer.json", "chat_template.jinja"),
     }
     assert [f.name for f in tmp_path.iterdir()] == ["m"]
+    assert {f.stat().st_mode for f in folder.glob("*model*")} == {(folder / "config.json").stat().st_mode}  # no secrets
     assert torch.equal(logits(from_pretrained(folder), "llama"), logits(model, "llama"))
 
 

@@ -90,7 +90,7 @@ def calibration_data(
                 batches.append(batch)
     per_batch = 1 if mode == "single" else 2
     reader.report(len(batches) * per_batch, n_samples // per_batch * per_batch, len(rows))
-    return [_with_dtype(batch, dtype) for batch in batches]
+    return [with_dtype(batch, dtype) for batch in batches]
 
 
 @dataclass
@@ -294,7 +294,8 @@ def _check_choices(
         raise ValueError(f"columns knows the names {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}")
 
 
-def _with_dtype(batch: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+def with_dtype(batch: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The batch with its floating-point inputs, pixel values above all, in this dtype. None: as they are."""
     if dtype is None:
         return batch
     return {k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()}

@@ -136,7 +136,7 @@ def encode(processor: Any, rendered: Rendered) -> dict[str, Any]:
     Raises BadRow where the processor refuses the row, or where the answers cannot be found in its tokens.
     """
     try:
-        inputs = _process(processor, rendered, rendered.text)
+        inputs = process(processor, rendered, rendered.text)
         if rendered.videos and not hasattr(processor, "video_processor") and not any("video" in key for key in inputs):
             raise BadRow(f"{type(processor).__name__} takes no videos")  # it ignores them, saying nothing
         ids = inputs["input_ids"]
@@ -150,7 +150,8 @@ def encode(processor: Any, rendered: Rendered) -> dict[str, Any]:
     return {**inputs, "labels": labels}
 
 
-def _process(processor: Any, rendered: Rendered, text: str) -> dict[str, Any]:
+def process(processor: Any, rendered: Rendered, text: str) -> dict[str, Any]:
+    """What the processor returns for a batch of one: this text with the images and videos of `rendered`."""
     # Nested by conversation: the one layout that every processor takes.
     media = {name: [m] for name, m in (("images", rendered.images), ("videos", rendered.videos)) if m}
     # As processor.apply_chat_template does: a template that writes the first token itself must not get two of them.
@@ -167,7 +168,7 @@ def _find_answers(processor: Any, rendered: Rendered, ids: list[int]) -> list[tu
     edges = [0, *(edge for answer in answers for edge in answer), len(text)]
     between = [text[start:end] for start, end in zip(edges[::2], edges[1::2], strict=True)]
     pieces: list[list[int]] = [[]]
-    for token in _process(processor, rendered, mark.join(between))["input_ids"][0].tolist():
+    for token in process(processor, rendered, mark.join(between))["input_ids"][0].tolist():
         if token == mark_id:
             pieces.append([])
         else:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -136,6 +136,25 @@ class CalibrationReport:
             Path(path).write_text(text + "\n", encoding="utf-8")
         return text
 
+    @classmethod
+    def from_json(cls, path: str | Path) -> CalibrationReport:
+        """The report that `to_json` or `save_pretrained` (mbq_report.json) wrote. Unknown fields are ignored.
+
+        Raises FileNotFoundError, and ValueError if the file is no such report.
+        """
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            groups, experts = values["groups"], values["experts"]
+            return cls(
+                **_known(cls, values)
+                | {
+                    "groups": [GroupReport(**_known(GroupReport, group)) for group in groups],
+                    "experts": [ExpertsReport(**_known(ExpertsReport, one)) for one in experts],
+                }
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} is no calibration report of mbq_ao: {type(error).__name__}: {error}") from error
+
     def __str__(self) -> str:
         header = ("block", "linears", "folded into", "alpha", "r", "loss RTN", "loss", "gain")
         groups = experts_together(self.groups)
@@ -219,6 +238,11 @@ class CalibrationReport:
         if path is not None:
             figure.savefig(path, dpi=150, bbox_inches="tight")
         return figure
+
+
+def _known(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the values that are fields of the dataclass."""
+    return {field.name: values[field.name] for field in fields(cls) if field.name in values}
 
 
 def experts_together(groups: list[GroupReport]) -> list[GroupReport]:

@@ -10,9 +10,8 @@ from typing import Annotated
 
 import typer
 
+from mbq_ao.cli import bench, demo, eval, generate, inspect, quantize
 from mbq_ao.cli.console import as_command
-from mbq_ao.cli.demo import demo
-from mbq_ao.cli.eval import eval as evaluate
 
 app = typer.Typer(
     name="mbq-ao",
@@ -44,5 +43,5 @@ def mbq_ao_command(
 
 
 # In the order of --help. A command prints for people and returns what --json prints, see as_command.
-for _command in (evaluate, demo):
-    app.command(no_args_is_help=_command is not demo)(as_command(_command))
+for _command in (quantize.quantize, eval.eval, generate.generate, bench.bench, inspect.inspect, demo.demo):
+    app.command(no_args_is_help=_command is not demo.demo)(as_command(_command))

@@ -16,12 +16,16 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
-from contextlib import redirect_stdout
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PACKAGE = Path(__file__).parents[1]
 
@@ -44,7 +48,7 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
     """The function as typer is to call it.
 
     It prints for people, to stdout, and returns what --json prints (the parameter `as_json`, see Json): with it stdout
-    is stderr while the function runs.
+    is stderr while the function runs. None: nothing, as of a rank that is not the first.
     """
 
     @functools.wraps(function)
@@ -52,7 +56,7 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
         out, as_json = sys.stdout, kwargs.get("as_json", False)
         try:
             _import_quietly()
-            with redirect_stdout(sys.stderr if as_json else out):
+            with redirect_stdout(sys.stderr if as_json else out), _plain_warnings():
                 result = function(*args, **kwargs)
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
@@ -64,7 +68,7 @@ def as_command(function: Callable[..., Any]) -> Callable[..., None]:
                 raise
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(1) from error
-        if as_json:
+        if as_json and result is not None:
             print(json.dumps(result, indent=1, allow_nan=False), file=out)
 
     return command
@@ -80,6 +84,24 @@ def _is_users(error: Exception) -> bool:
     while traceback is not None and traceback.tb_next is not None:
         traceback = traceback.tb_next
     return traceback is not None and Path(traceback.tb_frame.f_code.co_filename).is_relative_to(PACKAGE)
+
+
+def console() -> Console:
+    """For tables on stdout: as wide as the terminal, and wide enough for whole lines where there is none."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Warnings without the place in the code that they come from."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *args, **kwargs: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _import_quietly() -> None:

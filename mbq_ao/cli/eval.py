@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mbq_ao.cli.console import Json
+from mbq_ao.cli.models import Device, Dtype, chosen_device, local_folder
 
 if TYPE_CHECKING:
     from mbq_ao.evaluation.comparison import Comparison
@@ -40,8 +41,8 @@ def eval(
             help="For all tasks or none; default: for tasks of images, where the model has one.",
         ),
     ] = None,
-    device: Annotated[str | None, typer.Option(help="Default: the GPU if there is one.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Default: that of the checkpoint.")] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
     include_path: Annotated[list[Path] | None, typer.Option(help="A folder with tasks of your own.")] = None,
     list_tasks: Annotated[bool, typer.Option("--list-tasks", help="Print the names of all tasks and leave.")] = False,
     output: Annotated[
@@ -78,6 +79,9 @@ def eval(
     if not models:
         raise typer.BadParameter("name at least one model, or pass --list-tasks", param_hint="MODEL")
 
+    for model in models:  # all of them, before hours of work on the first
+        local_folder(model)
+    computing_on = chosen_device(device)
     results = []
     for model in models:
         result = evaluation.evaluate(
@@ -91,8 +95,8 @@ def eval(
             include_path=include_path,
             log_samples=log_samples or len(models) > 1,
             output=output,
-            device=device,
-            dtype=dtype,
+            device=computing_on,
+            dtype=None if dtype == "auto" else dtype,
         )
         gc.collect()  # the next model needs this one's memory
         results.append(result)

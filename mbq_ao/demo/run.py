@@ -28,8 +28,8 @@ import mbq_ao
 from mbq_ao.demo.data import calibration_batches, group_by_image, load_easy_vqa
 from mbq_ao.demo.evaluate import Evaluation, answer, evaluate
 from mbq_ao.demo.model import build_demo_vlm
-from mbq_ao.evaluation.load import nbytes
 from mbq_ao.kernels.reference import quantize_tokens
+from mbq_ao.packed_weight import parameter_nbytes
 
 _WEIGHTS = "model.pt"
 _LABELS = {"w3a16": "W3", "w4a8": "W4A8"}
@@ -75,7 +75,7 @@ def run_demo(
     def measure(name: str, candidate: nn.Module) -> Row:
         with step(f"asking {len(questions)} questions about {len(by_image)} test images: {name}"):
             result = evaluate(unpacked_once(candidate), processor, questions, share_prefix=shared)
-        return Row(name, nbytes(candidate), result)
+        return Row(name, parameter_nbytes(candidate), result)
 
     example = questions[0]
     rows = [measure("full precision", model)]

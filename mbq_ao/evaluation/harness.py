@@ -25,10 +25,10 @@ from transformers import PreTrainedModel
 import mbq_ao
 from mbq_ao.calibration.labels import chat_template_of, tokenizer_of
 from mbq_ao.evaluation.image_lm import ImageTextLM
-from mbq_ao.evaluation.load import load, nbytes
+from mbq_ao.evaluation.load import load
 from mbq_ao.evaluation.records import Results, save_results, tracker_of
 from mbq_ao.evaluation.task_set import IncludePath, find_tasks, load_tasks, quiet, sees_images
-from mbq_ao.packed_weight import PackedWeight
+from mbq_ao.packed_weight import PackedWeight, parameter_nbytes
 
 _BY_TASK = ("results", "groups", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better", "n-samples")
 
@@ -73,15 +73,15 @@ def evaluate(
     device, dtype: of a checkpoint; None: the GPU if there is one, and the dtype it was saved in.
 
     Returns what lm_eval.simple_evaluate returns, with a section "mbq_ao": version, size, settings of the quantization,
-    chat templates.
+    chat templates. Under torchrun, where every rank makes the call, those beside the first get an empty dict.
 
     Raises ValueError for an unknown task, a task of images where the model or processor sees none, a limit of 0, a
     checkpoint without processor; ImportError if lm-eval is not installed; OSError if output cannot be written.
     """
     if limit is not None and (limit <= 0 or (limit > 1 and limit != int(limit))):
         raise ValueError(f"limit must be a number of questions from 1, or a share of them below 1, got {limit}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number from 1, got {batch_size!r}")
     names, manager = find_tasks(tasks, include_path)
     tracker = tracker_of(output)
     name, model, processor = _loaded(name, model, processor, device, dtype)
@@ -115,7 +115,7 @@ def evaluate(
     results["mbq_ao"] = {
         "version": mbq_ao.__version__,
         "model": type(model).__name__,
-        "nbytes": nbytes(model),
+        "nbytes": parameter_nbytes(model),
         "quantization": _quantization(model),
         "chat_template_applied": {task: chat[ImageTextLM if sees else HFLM] for task, sees in seeing.items()},
         "seconds": time.perf_counter() - began,
@@ -137,7 +137,7 @@ def _loaded(name: str | None, model: Any, processor: Any, device: Any, dtype: An
         return name or model.config._name_or_path or type(model).__name__, model, processor
     if not isinstance(model, str | os.PathLike):
         raise TypeError(f"model must be a transformers model, a path or a hub name, got {type(model).__name__}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options = {"device_map": device} if dtype is None else {"device_map": device, "dtype": dtype}
     return name or os.fspath(model), *load(model, processor, **options)
 
@@ -169,6 +169,8 @@ def _language_model(
     """lm-eval's view of a model, which is in its former mode again afterwards."""
     # lm-eval sets padding sides and padding tokens.
     processor, training = copy.deepcopy(processor), model.training
+    # It also ties the weights again, which would put the embedding in the place of a quantized lm_head.
+    model.tie_weights = lambda *args, **kwargs: None
     options = {"backend": "causal", "batch_size": batch_size, "max_length": max_length}
     try:
         if kind is ImageTextLM:
@@ -176,6 +178,7 @@ def _language_model(
         else:
             yield HFLM(model, tokenizer=tokenizer_of(processor), **options)
     finally:
+        del model.tie_weights
         model.train(training)
 
 

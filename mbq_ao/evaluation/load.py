@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from mbq_ao.hf_quantizer import METHOD
-from mbq_ao.packed_weight import PackedWeight
 from mbq_ao.pretrained import from_pretrained, quant_method
 
 DEMO = "demo"
@@ -58,11 +56,3 @@ def _load_processor(name: str, **hub: Any) -> Any:
             f"{name} has no processor (or tokenizer) that can be loaded: save the original model's beside it, "
             f"AutoProcessor.from_pretrained(ORIGINAL).save_pretrained({name!r}), or pass processor= ({error})"
         ) from error
-
-
-def nbytes(model: nn.Module) -> int:
-    """Bytes of all parameters; tied ones count once."""
-    return sum(
-        p.quantized_nbytes() if isinstance(p, PackedWeight) else p.numel() * p.element_size()
-        for p in model.parameters()
-    )

@@ -5,9 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
-
-from mbq_ao.cli import app
+from command_line import invoke
 
 
 @pytest.mark.parametrize(
@@ -23,6 +21,6 @@ from mbq_ao.cli import app
 def test_options(arguments: list[str], precision: str, group_size: object, monkeypatch: pytest.MonkeyPatch) -> None:
     given: dict[str, Any] = {}
     monkeypatch.setattr("mbq_ao.demo.run.run_demo", lambda **options: given.update(options))
-    done = CliRunner().invoke(app, ["demo", *arguments])
+    done = invoke("demo", *arguments)
     assert done.exit_code == 0, done.output
     assert (given["precision"], given["group_size"]) == (precision, group_size)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
+import mbq_ao
 from mbq_ao.demo.data import (
     IGNORE,
     VqaRow,
@@ -106,6 +107,15 @@ def test_shared_prefix_and_packing_equal_plain_prompts(vlm: Vlm, rows: list[VqaR
     pixels = processor.image_processor([group[0].image for group in groups], return_tensors="pt")["pixel_values"]
     packed = packed_logits(model, pack(processor, groups), pixels)
     torch.testing.assert_close(packed, torch.cat([logits for logits, _ in plain]), atol=2e-4, rtol=0)
+
+
+def test_lm_eval_tasks(vlm: Vlm, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("lm_eval", reason='EVALUATION IS NOT TESTED: pip install "mbq_ao[eval]"')
+    monkeypatch.setattr("torch.utils.collect_env.get_pretty_env_info", lambda: "takes seconds")
+    model, processor = vlm
+    scores = mbq_ao.evaluate(model, "easy_vqa,easy_vqa_nll", processor=processor, limit=2, batch_size=2)["results"]
+    assert scores["easy_vqa"]["exact_match,none"] == scores["easy_vqa_nll"]["acc,none"] == 1.0
+    assert 0 < scores["easy_vqa_nll"]["nll,none"] < 0.1
 
 
 def test_accuracy_and_generation(vlm: Vlm, rows: list[VqaRow]) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("lm_eval", reason='EVALUATION IS NOT TESTED: pip install "mb
 import lm_eval
 from lm_eval.tasks import TaskManager
 
-from mbq_ao import evaluate
+from mbq_ao import Int3WeightOnlyConfig, MBQInt3Tensor, evaluate, quantize_
 from mbq_ao.demo.evaluate import answer
 from mbq_ao.evaluation import compare, list_tasks, load_results
 from mbq_ao.evaluation.task_set import TASKS, find_tasks
@@ -83,10 +83,33 @@ def test_scores_are_those_computed_by_hand() -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_5_vl"])
+def test_families(family: str) -> None:
+    """Prompts of two different images in one batch are answered as one by one; their likelihoods can be computed."""
+    model, processor = build_model(family), build_processor(family)
+    results = evaluate(
+        model, "easy_vqa,easy_vqa_nll", processor=processor, limit=2, batch_size=2, bootstrap_iters=0, log_samples=True
+    )
+    questions = docs("easy_vqa")
+    for row in results["samples"]["easy_vqa"]:
+        doc = questions[row["doc_id"]]
+        reply = answer(model, processor, doc["image"].convert("RGB"), doc["question"])
+        assert row["filtered_resps"] == [reply.split("\n")[0].strip()]
+    assert all(0 < row["nll"] < 100 for row in results["samples"]["easy_vqa_nll"])
+
+
+def test_a_quantized_lm_head_stays_apart_from_the_embedding_it_was_tied_to() -> None:
+    model = build_model("llama", tie_word_embeddings=True)
+    quantize_(model, Int3WeightOnlyConfig(group_size=32), lambda module, fqn: fqn == "lm_head")
+    results = evaluate(model, "text_perplexity", processor=build_tokenizer(), limit=1, max_length=4096)
+    assert isinstance(model.lm_head.weight, MBQInt3Tensor) and "tie_weights" not in vars(model)
+    assert results["mbq_ao"]["quantization"]["weights"] == {"MBQInt3Tensor": 1}
+
+
 def test_checkpoint_and_files(checkpoint: Path, tmp_path: Path) -> None:
     """By path as in memory; what is written is what was returned."""
     model, processor = tiny_vlm(quantized=True)
-    options: dict[str, Any] = {"limit": 2, "log_samples": True}
+    options: dict[str, Any] = {"limit": 2, "max_length": 4096, "log_samples": True}
     expected = evaluate(model, LOCAL, processor=processor, **options)
     results = evaluate(checkpoint, LOCAL, **options, output=tmp_path, device="cpu")
     assert results["results"] == expected["results"]
@@ -136,7 +159,8 @@ def test_own_tasks(tmp_path: Path) -> None:
     [
         ("easy_vqa", {"limit": 0}, "limit must be a number of questions from 1, or a share of them below 1, got 0"),
         ("easy_vqa", {"limit": 2.5}, "limit must be .* got 2.5"),
-        ("easy_vqa", {"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ("easy_vqa", {"batch_size": 0}, "batch_size must be a whole number from 1, got 0"),
+        ("easy_vqa", {"batch_size": "auto"}, "batch_size must be a whole number from 1, got 'auto'"),
         ("", {}, "at least one task"),
         ("easy_vqa", {"include_path": "nowhere"}, "there is no folder nowhere"),
         ("easy_vqa", {"processor": None}, "comes without its processor"),
