@@ -89,8 +89,46 @@ def test_notebook_is_the_script_run(script: Path, builder: ModuleType) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert sum(bool(cell.outputs) for cell in code) > len(code) / 2
-    for cell in code:
-        drawn = any("image/png" in output.get("data", {}) for output in cell.outputs)
-        assert drawn == ("plt.show()" in cell.source or "report.plot()" in cell.source), cell.source
+    drawn = [output for cell in code for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert bool(drawn) == ("matplotlib" in script.read_text(encoding="utf-8"))
     assert builder.defects(notebook) == []
     assert notebook.metadata == builder.METADATA
+
+
+def test_new_text_keeps_outputs_and_refuses_new_code(builder: ModuleType, tmp_path: Path) -> None:
+    import nbformat
+
+    script = tmp_path / "01_short.py"
+    script.write_text("# %% [markdown]\n# One.\n\n# %%\nprint(1)\n")
+    notebook = builder.as_notebook(script)
+    cell = notebook.cells[1]
+    cell.outputs, cell.execution_count = [nbformat.v4.new_output("stream", text="1\n")], 1
+    path = builder.write(notebook, script)
+    script.write_text("# %% [markdown]\n# Two.\n\n# %%\nprint(1)\n")
+    assert builder.with_new_text(script) == path
+    read = nbformat.read(path, as_version=4)
+    assert [c.source for c in read.cells] == ["Two.", "print(1)"]
+    assert read.cells[1].outputs[0].text == "1\n"
+    script.write_text("# %% [markdown]\n# Two.\n\n# %%\nprint(2)\n")
+    with pytest.raises(ValueError, match="other code than its notebook"):
+        builder.with_new_text(script)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        {"output_type": "stream", "name": "stderr", "text": "a warning"},
+        {"output_type": "stream", "name": "stdout", "text": "saved to /tmp/x"},
+        {"output_type": "stream", "name": "stdout", "text": " 50%|#####     | 1/2"},
+        {"output_type": "execute_result", "data": {"text/plain": "<object at 0x7f0123456789>"}},
+        {"output_type": "error", "ename": "KeyError", "evalue": "'x'", "traceback": []},
+    ],
+    ids=["stderr", "path", "bar", "address", "error"],
+)
+def test_outputs_that_are_not_shown_to_others(output: dict[str, object], builder: ModuleType, tmp_path: Path) -> None:
+    import nbformat
+
+    output = dict(output)
+    cell = nbformat.v4.new_code_cell("1", outputs=[nbformat.v4.new_output(output.pop("output_type"), **output)])
+    with pytest.raises(ValueError, match="not fit to be shown"):
+        builder.write(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "01_bad.py")

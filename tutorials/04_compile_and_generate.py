@@ -1,10 +1,10 @@
 # %% [markdown]
 # # 4. Compile and generate
 #
-# A model generates one token at a time, and for each it runs a few hundred small operations. Started one by one from
-# Python, the starting takes longer than the computing, the more so the fewer bits a weight has. `torch.compile` puts
-# one decoding step into one graph. This page shows that a quantized model compiles as a whole, into a single graph that
-# serves prompts of all lengths, and that the tokens are those of the uncompiled model.
+# A model generates one token at a time, and for each it runs some two thousand small operations. Started one by one
+# from Python, each takes a while before it does anything, whatever it does. `torch.compile` puts one decoding step into
+# one graph. This page shows that a quantized model compiles as a whole, into a single graph that serves prompts of all
+# lengths, and that the tokens are those of the uncompiled model.
 #
 # What you need is in [tutorial 2](02_quantize_a_vlm.ipynb).
 
