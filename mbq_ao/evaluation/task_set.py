@@ -34,7 +34,10 @@ def task_manager(include_path: IncludePath = None, *, include_defaults: bool = T
 
 
 def list_tasks(include_path: IncludePath = None, *, include_defaults: bool = True) -> list[str]:
-    """Names of all tasks, groups and tags that `evaluate` takes."""
+    """Names of all tasks, groups and tags that `evaluate` takes.
+
+    include_path: folders with tasks of your own.  include_defaults: lm-eval's, too, beside those of this package.
+    """
     return list(task_manager(include_path, include_defaults=include_defaults).all_tasks)
 
 
