@@ -19,8 +19,16 @@ from typing import TYPE_CHECKING, Any
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import cached_file
 
 from mbq_ao.hf_quantizer import (
     CHECKSUMS,
@@ -164,7 +172,29 @@ def from_pretrained(name_or_path: str | os.PathLike[str], *, verify: bool = True
             + "; load it with "
             + ("mbq_ao.import_checkpoint" if importable else "transformers, and quantize it with mbq_ao.quantize_")
         )
+    if verify and not os.path.isdir(name_or_path):
+        # transformers fetches shards and config from the hub, but does not know of this file beside them.
+        cached_file(
+            name_or_path,
+            CHECKSUMS,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **hub_arguments(kwargs),
+        )
     return load_filled(name_or_path, config, Loading(verify), kwargs)[0]
+
+
+def load_any(name_or_path: str | os.PathLike[str], config: Any = None, **kwargs: Any) -> PreTrainedModel:
+    """A checkpoint of ours, or any that transformers' Auto classes load, in evaluation mode and its own dtype.
+
+    config: where it is known.  kwargs: as transformers' `from_pretrained` takes them. Raises as `from_pretrained`.
+    """
+    config = config or AutoConfig.from_pretrained(name_or_path, **hub_arguments(kwargs))
+    if quant_method(config) == METHOD:
+        return from_pretrained(name_or_path, config=config, **kwargs).eval()
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    return kind.from_pretrained(name_or_path, config=config, **{"dtype": "auto", **kwargs}).eval()
 
 
 def load_filled(

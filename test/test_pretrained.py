@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -350,3 +351,22 @@ def test_the_checkpoint_of_format_version_1() -> None:
     with torch.no_grad():
         found = model(input_ids=golden["input_ids"]).logits
     assert (found - golden["logits"]).norm() < 1e-4 * golden["logits"].norm()
+
+
+def test_checksums_come_from_the_hub_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache as the hub's client lays it out, where the shards are and the checksums are not yet."""
+    save_pretrained(rounded("llama"), tmp_path / "m")
+    folder = tmp_path / "models--owner--name"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    snapshot = folder / "snapshots" / ("0" * 40)
+    shutil.copytree(tmp_path / "m", snapshot, ignore=shutil.ignore_patterns("mbq_checksums.json"))
+    flip_a_bit(snapshot)
+
+    def download(name: str, file_name: str, **kwargs: Any) -> None:
+        assert name == "owner/name" and kwargs["cache_dir"] == tmp_path
+        shutil.copy(tmp_path / "m" / file_name, snapshot)
+
+    monkeypatch.setattr("mbq_ao.pretrained.cached_file", download)
+    with pytest.raises(ValueError, match="is damaged, its checksums"):
+        from_pretrained("owner/name", cache_dir=tmp_path, local_files_only=True)

@@ -58,24 +58,13 @@ def load_processor(name: str) -> Any:
 
 def load_model(name: str, config: Any, *, dtype: str = "auto", device: torch.device | None = None) -> Any:
     """The model in evaluation mode, on the device: a checkpoint of ours, or any that transformers knows."""
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
-
-    from mbq_ao.pretrained import from_pretrained
+    from mbq_ao.pretrained import load_any
 
     kwargs: dict[str, Any] = {} if device is None or device.type == "cpu" else {"device_map": str(device)}
+    if dtype != "auto":
+        kwargs["dtype"] = dtype
     with loading(name):
-        if quantization_method(config) == "mbq":
-            kwargs |= {} if dtype == "auto" else {"dtype": dtype}
-            return from_pretrained(name, config=config, **kwargs).eval()
-        multimodal = type(config) in AutoModelForImageTextToText._model_mapping
-        cls = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
-        return cls.from_pretrained(name, config=config, dtype=dtype, **kwargs).eval()
-
-
-def quantization_method(config: Any) -> str | None:
-    """What config.json says of quantization: "mbq" for ours, None for full precision."""
-    settings = getattr(config, "quantization_config", None)
-    return settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+        return load_any(name, config, **kwargs)
 
 
 def chosen_device(device: str | None) -> torch.device:

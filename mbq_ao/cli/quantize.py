@@ -15,16 +15,7 @@ import typer
 
 from mbq_ao.cli.console import Json, UserError
 from mbq_ao.cli.demo import GroupSize, as_group_size
-from mbq_ao.cli.models import (
-    Device,
-    Dtype,
-    ModelName,
-    chosen_device,
-    load_config,
-    load_model,
-    load_processor,
-    quantization_method,
-)
+from mbq_ao.cli.models import Device, Dtype, ModelName, chosen_device, load_config, load_model, load_processor
 
 if TYPE_CHECKING:
     from torch import nn
@@ -127,8 +118,10 @@ def quantize(
     if image_folder is not None and not image_folder.is_dir():
         raise UserError(f"--image-folder: there is no folder {image_folder}")
     _check_output(output, model, overwrite)
+    from mbq_ao.pretrained import quant_method
+
     model_config = load_config(model)
-    if (method := quantization_method(model_config)) is not None:
+    if (method := quant_method(model_config)) is not None:
         raise UserError(f"{model} is quantized already ({method}); give the full-precision model")
     compute_device = chosen_device(device)
 

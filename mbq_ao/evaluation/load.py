@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers import AutoConfig, AutoProcessor
 
-from mbq_ao.hf_quantizer import METHOD
-from mbq_ao.pretrained import from_pretrained, quant_method
+from mbq_ao.pretrained import hub_arguments, load_any
 
 DEMO = "demo"
 
@@ -29,16 +27,10 @@ def load(name_or_path: str | os.PathLike[str], processor: Any = None, **kwargs: 
     name = os.fspath(name_or_path)
     if name == DEMO and not Path(name).exists():
         return _load_demo(**kwargs)
-    hub = {key: kwargs[key] for key in ("revision", "token", "cache_dir", "local_files_only") if key in kwargs}
+    hub = hub_arguments(kwargs)
     config = AutoConfig.from_pretrained(name, **hub)
     processor = processor or _load_processor(name, **hub)
-    if quant_method(config) == METHOD:
-        model = from_pretrained(name, config=config, **kwargs)
-    else:
-        sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
-        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-        model = kind.from_pretrained(name, config=config, **{"dtype": "auto", **kwargs})
-    return model.eval(), processor
+    return load_any(name, config, **kwargs), processor
 
 
 def _load_demo(device_map: Any = None, dtype: Any = None, **ignored: Any) -> tuple[Any, Any]:
