@@ -10,8 +10,12 @@ if not torch.cuda.is_available():
 
 import pytest
 
+# Files of a minute or more, begun first, so that no process is left alone with one of them at the end.
+LONG = ("test_tutorials", "test_export", "test_gpu_benchmark", "test_int3_cpu", "test_ranks", "test_time_benchmarks")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in LONG)  # stable
     if torch.cuda.is_available():
         return
     for item in items:

@@ -81,7 +81,10 @@ def test_compiled_ahead_of_time(tmp_path: Path) -> None:
     model = rounded("llava", num_hidden_layers=1, layer_types=None)
     arguments = inputs(model)
     program = export_decoder(model, max_cache_len=16)
-    torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "decoder.pt2"))
+    quickly = {"aot_inductor.compile_wrapper_opt_level": "O0"}
+    torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "decoder.pt2"), inductor_configs=quickly
+    )
     loaded = torch._inductor.aoti_load_package(str(tmp_path / "decoder.pt2"))
     assert_close(decoded(loaded, *arguments), expected(model, *arguments))
 

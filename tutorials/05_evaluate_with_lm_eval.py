@@ -32,8 +32,9 @@ plt.rcParams["figure.dpi"] = 72
 # %% [markdown]
 # ## Three models
 #
-# Full precision; 3 bits with a scale for every 64 weights; and 3 bits with one scale a row, which saves another half
-# bit and is known to be too coarse. Plain rounding, so that this page is about measuring and not about calibration.
+# Full precision; 3 bits with a scale for every 64 weights; and 3 bits with a scale for every 128, which is coarser and
+# saves a fifth of a bit a weight (of scales in 16 bits). Plain rounding, so that this page is about measuring and not
+# about calibration.
 
 # %%
 original, processor = build_demo_vlm()

@@ -8,8 +8,10 @@ import threading
 import warnings
 from collections.abc import Iterator
 
+import linear_cases
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -224,3 +226,11 @@ def test_compiled(few_weights: None) -> None:
     y.sum().backward()
     assert x.grad.isfinite().all()
     assert counters["stats"]["unique_graphs"] == 3  # the model's own
+
+
+@given(linear_cases.cases(max_rows=8, group_sizes=(128, 256)))  # the kernels of test_compiled
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_compiled_fuzz(case: linear_cases.Case) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int3_cpu, "MIN_WEIGHTS_PER_ROW", 0)
+        linear_cases.assert_right(torch.ops.mbq_ao.int3_linear(*case.arguments()), case)
