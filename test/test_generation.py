@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,10 +36,20 @@ def generate(model: nn.Module, family: str, num_text: int, **options: object) ->
     )
 
 
+def precision(family: str) -> str:
+    return "W3A16" if FAMILIES.index(family) % 2 else "W4A8"
+
+
+def test_the_page_says_what_is_tested() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "generate.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if line.startswith("| ")][1:]
+    assert rows == [f"| {family} | {precision(family)} | {GRAPHS.get(family, 1)} | 0 |" for family in FAMILIES]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compiled_decoding(family: str) -> None:
     model = build_model(family)
-    kind = Int3WeightOnlyConfig if FAMILIES.index(family) % 2 else Int8DynamicActivationInt4WeightMBQConfig
+    kind = {"W3A16": Int3WeightOnlyConfig, "W4A8": Int8DynamicActivationInt4WeightMBQConfig}[precision(family)]
     torchao_quantize_(model, kind(group_size=32), lambda m, fqn: isinstance(m, nn.Linear) and ".layers." in fqn)
     lengths = (9, 14, 30, 9)
     eager = [generate(model, family, n) for n in lengths]
