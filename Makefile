@@ -3,17 +3,22 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Three, as some tests wait for processes of their own; of one thread each, as more get in each other's way.
+WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 
 # Without compiled files each of the tests' processes would compile torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint docs notebooks clean
+.PHONY: demo test test-all lint docs notebooks clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m mbq_ao demo
 
 test: $(VENV)/.ready lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # two processes of more threads get in each other's way
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not benchmark" $(WORKERS)
+
+test-all: $(VENV)/.ready lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -132,6 +132,7 @@ def test_markdown_is_made_again_from_the_json(smoke: tuple[dict, str], tmp_path:
 NO_TORCHAO = "sys.modules['torchao'] = None"
 
 
+@pytest.mark.benchmark
 def test_without_torchao_only_the_quantized_models_fail(tmp_path: Path) -> None:
     output = tmp_path / "gpu.json"
     done = gpu_py("--smoke", "--only", "end_to_end", "--output", str(output), before=NO_TORCHAO)

@@ -17,7 +17,7 @@ pytest.importorskip("easy_vqa")
 import moe  # noqa: E402
 
 
-@pytest.mark.slow
+@pytest.mark.benchmark
 def test_smoke(tmp_path: Path) -> None:
     before = sorted(path.stat().st_mtime for path in moe.RESULTS.iterdir())
     command = [sys.executable, str(BENCHMARKS / "moe.py"), "--smoke", "--models", str(tmp_path)]

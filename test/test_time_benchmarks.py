@@ -30,6 +30,7 @@ def results() -> dict[str, float]:
     return {path.name: path.stat().st_mtime for path in (BENCHMARKS / "results").iterdir()}
 
 
+@pytest.mark.benchmark
 def test_calibration_time_without_a_peer() -> None:
     before = results()
     printed = smoke("calibration_time.py")
@@ -83,6 +84,7 @@ def test_a_time_for_nothing_is_refused(wrong: dict[str, Any], says: str) -> None
         calibration_time.summarised([*RTN, wrong])
 
 
+@pytest.mark.benchmark
 def test_overheads() -> None:
     before = results()
     found = json.loads(smoke("overheads.py"))
