@@ -118,7 +118,7 @@ def test_new_text_keeps_outputs_and_refuses_new_code(builder: ModuleType, tmp_pa
     "output",
     [
         {"output_type": "stream", "name": "stderr", "text": "a warning"},
-        {"output_type": "stream", "name": "stdout", "text": "saved to /tmp/x"},
+        {"output_type": "stream", "name": "stdout", "text": "saved to /somewhere/model"},
         {"output_type": "stream", "name": "stdout", "text": " 50%|#####     | 1/2"},
         {"output_type": "execute_result", "data": {"text/plain": "<object at 0x7f0123456789>"}},
         {"output_type": "error", "ename": "KeyError", "evalue": "'x'", "traceback": []},

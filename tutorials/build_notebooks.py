@@ -25,8 +25,9 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"file_extension": ".py", "name": "python"},
 }
-# Nothing of the machine or the process that ran it, no progress bars, no colours of a terminal.
-UNWANTED = re.compile(r"/home/|/root/|/tmp/|/work/|/Users/|site-packages|\b0x[0-9a-f]{8,}|\r|\x1b|%\|")
+# Nothing of the machine or the process that ran it (absolute paths, addresses), no progress bars, no colours.
+PATH = r"""(?:^|[\s'"(=:])(?:/|[A-Z]:\\)\w[\w.-]*[/\\]"""
+UNWANTED = re.compile(PATH + r"|site-packages|\b0x[0-9a-f]{8,}|\r|\x1b|%\|", re.MULTILINE)
 
 
 def scripts() -> list[Path]:
