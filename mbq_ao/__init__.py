@@ -23,11 +23,10 @@ The tree, and which way imports go (each line imports only from lines above it):
     export.py              the decoder as a program for torch.export and AOTInductor
     tensor_parallel.py     loading a checkpoint by several ranks
     hf_quantizer.py        quant_method "mbq" of transformers; pretrained.py: save_pretrained, from_pretrained
+    interchange/           checkpoints of other libraries (GPTQ, AWQ, torchao), in and out
     evaluation/            lm-eval's tasks and a few offline ones, on quantized models; comparisons
     demo/                  a real small vision-language model
     cli/                   the command line, `mbq-ao` and `python -m mbq_ao`
-    interchange/           checkpoints of other libraries (GPTQ, AWQ, torchao), in and out
-    demo/                  a real small vision-language model, and `python -m mbq_ao demo`
 """
 
 import importlib

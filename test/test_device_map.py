@@ -5,9 +5,6 @@ The other device is that of test/second_device, in a process of its own: torch k
 
 from __future__ import annotations
 
-import multiprocessing
-import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 from models import build_batch, build_model, model_inputs
 from second_device import counted_device
+from second_device.process import process_with_device
 from torch import Tensor, nn
 from torchao.quantization import quantize_ as torchao_quantize_
 
@@ -42,10 +40,6 @@ def logits(model: nn.Module, device: torch.device) -> Tensor:
     return model(**batch).logits.cpu()
 
 
-def register() -> None:
-    counted_device()
-
-
 def with_device_map(path: Path, layers: dict[str, str]) -> dict[str, Any]:
     device = counted_device().device
     device_map = {"model.vision_tower": device, "model.multi_modal_projector": device, "lm_head": device}
@@ -63,18 +57,12 @@ def with_device_map(path: Path, layers: dict[str, str]) -> dict[str, Any]:
 def test_device_maps(tmp_path: Path) -> None:
     model = rounded(tmp_path / "m")
     expected = logits(model, torch.device("cpu"))
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), warnings.simplefilter, ("ignore",)) as pool:
-        try:
-            pool.submit(register).result()
-        except RuntimeError as error:
-            if "needs a C++ compiler" in str(error):
-                pytest.skip(f"NOT RUN: {error}")
-            raise
+    with process_with_device() as call:
         for layers, devices in (
             ({"0": "counted", "1": "counted"}, {"0": "counted", "1": "counted"}),
             ({"0": "cpu", "1": "cpu"}, {"0": "meta", "1": "meta"}),  # where accelerate leaves what it brings each time
         ):
-            result = pool.submit(with_device_map, tmp_path / "m", layers).result()
+            result = call(with_device_map, tmp_path / "m", layers)
             assert result["devices"] == devices
             for found in result["logits"]:
                 torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -6,10 +6,7 @@ The device is test/second_device, registered in a process of its own: torch know
 from __future__ import annotations
 
 import gc
-import multiprocessing
-import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -17,6 +14,7 @@ import pytest
 import torch
 from models import assert_unchanged, build_batch, build_model, snapshot
 from second_device import counted_device
+from second_device.process import process_with_device
 from torch import nn
 
 from mbq_ao import mbq_config, quantize_
@@ -34,18 +32,8 @@ _TOKENS = 46  # of a llava batch with 40 tokens of text
 @pytest.fixture(scope="module")
 def there() -> Iterator[Callable[..., Any]]:
     """Calls a function of this module in the process that has the device."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), warnings.simplefilter, ("ignore",)) as pool:
-        try:
-            pool.submit(_load).result()
-        except RuntimeError as error:
-            if "needs a C++ compiler" in str(error):
-                pytest.skip(f"NOT RUN: {error}")
-            raise
-        yield lambda function, *args, **kwargs: pool.submit(function, *args, **kwargs).result()
-
-
-def _load() -> None:
-    counted_device()
+    with process_with_device() as call:
+        yield call
 
 
 def mixing() -> str:
