@@ -50,10 +50,10 @@ show(answers)
 #
 # Quantizing blindly, by rounding each weight, treats all inputs alike. MBQ looks at what the model does with a few real
 # inputs first: images, questions and *answers*. Each sample is what the model's own processor returns, plus `labels`,
-# which are -100 on everything but the answer. Four samples keep this page short; 16 to 128 are usual.
+# which are -100 on everything but the answer. Two samples keep this page short; 16 to 128 are usual.
 
 # %%
-calib_data = calibration_batches(processor, load_easy_vqa("train"), num_samples=4, seed=0)
+calib_data = calibration_batches(processor, load_easy_vqa("train"), num_samples=2, seed=0)
 for key, value in calib_data[0].items():
     print(f"{key:<15} {tuple(value.shape)}")
 

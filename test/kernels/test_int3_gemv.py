@@ -25,9 +25,16 @@ def cut(warps: int, col_tiles: int, row_tiles: int = 1, split_k: int = 1) -> Gem
     return GemvConfig(num_warps=warps, row_tiles=row_tiles, col_tiles=col_tiles, split_k=split_k)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("group_size", [32, 64, 128, 256, None])
-@pytest.mark.parametrize("m", [1, 2, 3, 8, 13])
+# Every m and every group size with both dtypes, but not every three of them: the interpreter takes a second for each.
+@pytest.mark.parametrize(
+    "m, group_size, dtype",
+    [
+        (m, group_size, DTYPES[(i + j) % 2])
+        for i, m in enumerate([1, 2, 3, 8, 13])
+        for j, group_size in enumerate([32, 64, 128, 256, None])
+    ],
+    ids=str,
+)
 def test_rows_and_groups(m: int, group_size: int | None, dtype: torch.dtype) -> None:
     args = problem(m, 40, 576, group_size, dtype)
     assert_matches_reference(int3_gemv_triton(*args), args)
@@ -58,10 +65,9 @@ def test_cuts(m: int, n: int, k: int, group_size: int | None, config: GemvConfig
     assert_matches_reference(int3_gemv_triton(*args, config), args)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 3, 11])
+@pytest.mark.parametrize("m, dtype", [(1, torch.float16), (3, torch.bfloat16), (11, torch.float16)], ids=str)
 def test_several_row_tiles_and_splits(m: int, dtype: torch.dtype) -> None:
-    args = problem(m, 70, 300, 64, dtype)
+    args = problem(m, 40, 300, 64, dtype)
     assert_matches_reference(int3_gemv_triton(*args, cut(2, 1, split_k=2)), args)
     args[4] = None
     assert_matches_reference(int3_gemv_triton(*args, cut(1, 1, row_tiles=2, split_k=2)), args)
@@ -69,7 +75,7 @@ def test_several_row_tiles_and_splits(m: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # inf - inf, in the interpreter's numpy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("m", [1, 4, 8])
+@pytest.mark.parametrize("m", [1, 8])
 def test_infinities_stay_in_their_row_and_zero_points_are_bytes(m: int, dtype: torch.dtype) -> None:
     args = problem(m, 40, 512, 64, dtype)
     args[3] = torch.randint(0, 256, args[3].shape, dtype=torch.uint8, device=DEVICE)
