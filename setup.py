@@ -39,7 +39,7 @@ setup(
     install_requires=[
         "torch>=2.13",
         "torchao>=0.18",
-        "transformers>=5.23",
+        "transformers>=5.17",
         "safetensors",
         "tqdm",
         "typer>=0.29",

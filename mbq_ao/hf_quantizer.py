@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter
 from transformers.quantizers import auto
@@ -173,6 +174,13 @@ class MBQHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        asks = hasattr(HfQuantizer, "update_parallel_plan")  # else it would shard a weight's data one by one
+        if getattr(model.config, "distributed_config", None) is not None and not asks:
+            raise NotImplementedError(
+                "loading a quantized checkpoint tensor parallel needs transformers 5.23 or later, this is "
+                f"{transformers.__version__}; upgrade it, or load the whole checkpoint in each process and use "
+                "torch's parallelize_module"
+            )
         loading = LOADING.get()
         if loading is None or loading.verify:
             for path in map(Path, checkpoint_files or ()):

@@ -15,7 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import transformers
 from models import build_batch, build_model, model_inputs
+from packaging.version import Version
 from packed_weights import LINEAR_OPS, Kind, random_weight, random_x
 from processes import on_ranks
 from torch import Tensor, nn
@@ -25,12 +27,14 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from transformers.distributed import DistributedConfig
 
 from mbq_ao import MBQInt3Tensor, MBQW4A8Tensor, from_pretrained, save_pretrained
-from mbq_ao.hf_quantizer import packed_weights
+from mbq_ao.hf_quantizer import MBQCheckpointConfig, MBQHfQuantizer, packed_weights
 from mbq_ao.tensor_parallel import is_sharded
 
 pytestmark = pytest.mark.skipif(
     torch.accelerator.is_available(), reason="two processes on CPUs; transformers would give each an accelerator"
 )
+OLD = Version(transformers.__version__) < Version("5.23")
+loads_sharded = pytest.mark.skipif(OLD, reason="transformers before 5.23 loads no quantized checkpoint sharded")
 COLUMNS, ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"), ("o_proj", "down_proj")
 PLAN = {f"model.language_model.layers.*.self_attn.{n}": "colwise" for n in COLUMNS[:3]}
 PLAN |= {f"model.language_model.layers.*.mlp.{n}": "colwise" for n in COLUMNS[3:]}
@@ -190,6 +194,7 @@ def in_parallel(rank: int, folder: Path) -> list[Any]:
     return results
 
 
+@loads_sharded
 def test_models(tmp_path: Path) -> None:
     expected = []
     for i, case in enumerate(MODELS):
@@ -232,6 +237,7 @@ def others(rank: int, folder: Path) -> dict[str, Any]:
     return results
 
 
+@loads_sharded
 def test_what_else_is_asked(tmp_path: Path) -> None:
     for family in ("llava", "qwen3_vl"):
         save_pretrained(quantized_model(family, MBQInt3Tensor), tmp_path / family)
@@ -253,3 +259,12 @@ def test_what_else_is_asked(tmp_path: Path) -> None:
         assert "damaged" in result["damaged"] and "checksums" in result["damaged"]
         assert "the tp_plan of Qwen3VLForConditionalGeneration shards none" in result["warning"]
         assert "quantized weights can be sharded tensor parallel only" in result["fsdp"]
+
+
+@pytest.mark.skipif(not OLD, reason="transformers is new enough")
+def test_an_older_transformers_is_told_of() -> None:
+    model = build_model("llava")
+    model.config.distributed_config = DistributedConfig(tp_size=2, tp_plan="auto")
+    quantizer = MBQHfQuantizer(MBQCheckpointConfig())
+    with pytest.raises(NotImplementedError, match=r"tensor parallel needs transformers 5\.23 or later, this is 5"):
+        quantizer.preprocess_model(model)
