@@ -37,6 +37,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import moe_vlm
+from accuracy_bed.exam import Exam
 from small_vlm import device_name
 from torchao.quantization import FqnToConfig, quantize_
 
@@ -62,12 +63,12 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     path = options.models / f"seed{seed}.safetensors"
     model, processor = moe_vlm.train(seed, path, options.rounds)
-    exam = moe_vlm.Exam.of(model, processor, options.images)
+    exam = Exam.of(model, processor, load_easy_vqa("test"), options.images)
     found: dict[str, Any] = {
         "seed": seed,
         "questions": sum(len(group) for group in exam.groups),
         "full precision": exam.take(model).summary(),
-        "routing": exam.routing(model),
+        "routing": moe_vlm.routing(exam, model),
         "runs": [],
     }
     rows = load_easy_vqa("train")

@@ -15,12 +15,10 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_model, save_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
@@ -34,14 +32,16 @@ from transformers import (
 )
 from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from accuracy_bed.exam import Exam, pixels_of
 
 from mbq_ao.calibration.capture import hooked
 from mbq_ao.demo.data import COLORS, IGNORE, SHAPES, VqaRow, group_by_image, load_easy_vqa
-from mbq_ao.demo.evaluate import clustered_standard_error
 from mbq_ao.demo.model import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, build_processor, is_trained_directly
-from mbq_ao.demo.packing import PackedBatch, pack, packed_logits, packed_loss, similar_batches
-from mbq_ao.demo.train import move_shapes, shape_and_color, train_vision
+from mbq_ao.demo.packing import pack, packed_logits, packed_loss, similar_batches
+from mbq_ao.demo.train import SHAPE_WORDS, move_shapes, shape_and_color, shape_images, train_vision
 
 CHAT_TEMPLATE = """\
 {%- for message in messages %}{{- '<' + message['role'] + '> ' }}
@@ -145,19 +145,13 @@ def train_round(
     groups = group_by_image(rows)
     pixels = pixels_of(processor, groups)
     labels = [shape_and_color(group) for group in groups]
-    known = torch.tensor([label is not None for label in labels])
-    train_vision(model, processor, pixels[known], [label for label in labels if label], rng, vision_steps)
+    train_vision(model, processor, SHAPE_WORDS, shape_images(pixels, labels, rng), vision_steps)
     # Most questions are answered yes or no, two thirds of them rightly without a look: those that name what is seen
     # teach the model to look.
     naming = [[row for row in group if row.answer in (*COLORS, *SHAPES)] for group in groups]
     some = [i for i, group in enumerate(naming) if group]
     _train_jointly(model, processor, [naming[i] for i in some], pixels[some], naming_steps, rng)
     _train_jointly(model, processor, groups, pixels, all_steps, rng)
-
-
-def pixels_of(processor: LlavaProcessor, groups: list[list[VqaRow]]) -> Tensor:
-    """(images, 3, 64, 64)."""
-    return processor.image_processor([group[0].image for group in groups], return_tensors="pt")["pixel_values"]
 
 
 def _train_jointly(
@@ -204,67 +198,17 @@ def _train_jointly(
                 losses, hits = [], []
 
 
-@dataclass
-class Exam:
-    """Test questions, several images a batch, and what the model in full precision answers.
-
-    log_p: of each batch, (labels, V).
-    """
-
-    groups: list[list[VqaRow]]
-    batches: list[tuple[PackedBatch, Tensor]]
-    log_p: list[Tensor]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, model: LlavaForConditionalGeneration, processor: LlavaProcessor, num_images: int) -> Exam:
-        groups = random.Random(0).sample(group_by_image(load_easy_vqa("test")), num_images)
-        parts = [groups[i : i + BATCH] for i in range(0, num_images, BATCH)]
-        batches = [(pack(processor, part), pixels_of(processor, part)) for part in parts]
-        return cls(groups, batches, [packed_logits(model, *batch).log_softmax(-1) for batch in batches])
-
-    @torch.no_grad()
-    def take(self, model: LlavaForConditionalGeneration) -> Scores:
-        nll, kl, correct = [], [], []
-        for (batch, pixels), log_p in zip(self.batches, self.log_p, strict=True):
-            log_q, labels = packed_logits(model, batch, pixels).log_softmax(-1), batch.labels[batch.labels != IGNORE]
-            # A reply is one word and the end of the turn.
-            nll.append(F.nll_loss(log_q, labels, reduction="none").view(-1, 2).sum(-1))
-            kl.append((log_p.exp() * (log_p - log_q)).sum(-1).view(-1, 2).sum(-1))
-            correct.append((log_q.argmax(-1) == labels).view(-1, 2).all(-1).float())
-        image_ids = [row.image_id for group in self.groups for row in group]
-        return Scores(*(torch.cat(x) for x in (nll, kl, correct)), image_ids)
-
-    @torch.no_grad()
-    def routing(self, model: LlavaForConditionalGeneration) -> dict[str, Any]:
-        """How many test tokens each expert gets, layer by layer, by modality; prompt text is the rest."""
-        counts = {kind: torch.zeros(LAYERS, EXPERTS, dtype=torch.long) for kind in ("vision", "answer", "prompt")}
-        for batch, pixels in self.batches:
-            chosen: list[Tensor] = []
-            with hooked(m.register_forward_hook(lambda m, a, y, c=chosen: c.append(y[2])) for m in routers(model)):
-                packed_logits(model, batch, pixels)
-            vision, answer = batch.ids == model.config.image_token_id, batch.labels != IGNORE
-            prompt = (batch.ids != 0) & ~vision & ~answer
-            for kind, mask in (("vision", vision), ("answer", answer), ("prompt", prompt)):
-                for layer, experts in enumerate(chosen):
-                    counts[kind][layer] += torch.bincount(experts[mask.flatten()].flatten(), minlength=EXPERTS)
-        return {kind: count.tolist() for kind, count in counts.items()}
-
-
-@dataclass
-class Scores:
-    """Of each question: NLL of the reply and KL to full precision, in nats a reply, and whether it is right."""
-
-    nll: Tensor
-    kl: Tensor
-    correct: Tensor
-    image_ids: list[int]
-
-    def summary(self) -> dict[str, float]:
-        """Means, and their standard errors over the draw of images."""
-        found = {}
-        for name in ("nll", "kl", "correct"):
-            values = getattr(self, name).tolist()
-            found[name] = sum(values) / len(values)
-            found[f"{name}_se"] = clustered_standard_error(values, self.image_ids)
-        return found
+@torch.no_grad()
+def routing(exam: Exam, model: LlavaForConditionalGeneration) -> dict[str, Any]:
+    """How many test tokens each expert gets, layer by layer, by modality; prompt text is the rest."""
+    counts = {kind: torch.zeros(LAYERS, EXPERTS, dtype=torch.long) for kind in ("vision", "answer", "prompt")}
+    for batch, pixels in exam.batches:
+        chosen: list[Tensor] = []
+        with hooked(m.register_forward_hook(lambda m, a, y, c=chosen: c.append(y[2])) for m in routers(model)):
+            packed_logits(model, batch, pixels)
+        vision, answer = batch.ids == model.config.image_token_id, batch.labels != IGNORE
+        prompt = (batch.ids != 0) & ~vision & ~answer
+        for kind, mask in (("vision", vision), ("answer", answer), ("prompt", prompt)):
+            for layer, experts in enumerate(chosen):
+                counts[kind][layer] += torch.bincount(experts[mask.flatten()].flatten(), minlength=EXPERTS)
+    return {kind: count.tolist() for kind, count in counts.items()}

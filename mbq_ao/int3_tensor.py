@@ -15,9 +15,8 @@ from torch import Tensor
 from mbq_ao import packed_products  # noqa: F401  (registers them for PackedWeight)
 from mbq_ao.kernels import expert_ops, int3_ops  # noqa: F401  (registers torch.ops.mbq_ao)
 from mbq_ao.kernels.int3_layout import TILE_K, TILE_N, check_qdata, pack_int3, unpack_int3, unpack_int3_rows
-from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, checked_group_size, plain_shape
+from mbq_ao.packed_weight import PackedWeight, check_groups, checked_group_size, plain_shape
 from mbq_ao.quant_primitives import (
-    by_row_slabs,
     choose_qparams_affine,
     dequantize_affine,
     fake_quantize_affine,
@@ -41,6 +40,7 @@ class MBQInt3Tensor(PackedWeight):
         transposed: whether this is the `.mT` of a weight; the data is not
     """
 
+    NUM_BITS = 3
     tensor_data_names = ["qdata", "scale", "zero_point"]  # noqa: RUF012
     TILE_N, TILE_K = TILE_N, TILE_K
     _pack, _unpack = staticmethod(pack_int3), staticmethod(unpack_int3)
@@ -92,14 +92,12 @@ class MBQInt3Tensor(PackedWeight):
         return cls._from_hp(w, group_size, act_pre_scale)
 
     @classmethod
-    def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
-        def quantize(x: Tensor) -> tuple[Tensor, ...]:
-            scale, zero_point = choose_qparams_affine(x, group_size=group_size, scale_dtype=w.dtype)
-            return pack_int3(quantize_affine(x, scale, zero_point, group_size=group_size)), scale, zero_point
+    def _choose_grid(cls, w: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return choose_qparams_affine(w, group_size=group_size, scale_dtype=scale_dtype)
 
-        data = by_row_slabs(quantize, w, TILE_N)
-        check_finite(w, data[1])
-        return data
+    @staticmethod
+    def _round(w: Tensor, grid: tuple[Tensor, ...], group_size: int) -> Tensor:
+        return quantize_affine(w, *grid, group_size=group_size)
 
     @staticmethod
     def fake_quantize(w: Tensor, group_size: int | None = 128) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 from torchao.utils import TorchAOBaseTensor
 
 from mbq_ao import packed_shapes, packed_shards
-from mbq_ao.quant_primitives import num_groups
+from mbq_ao.quant_primitives import by_row_slabs, num_groups
 
 aten = torch.ops.aten
 
@@ -41,14 +41,15 @@ class _PackedWeightType(type(TorchAOBaseTensor)):  # type: ignore[misc]
 class PackedWeight(TorchAOBaseTensor, metaclass=_PackedWeightType):
     """A (N, K) or (E, N, K) weight, packed. Looks to autograd, modules and state dicts like a tensor of scale's dtype.
 
-    A subclass names its data, checks it in __new__, and has from_hp, _quantize, _dequantize, _linear, _grouped_mm,
-    _rows, _pack and _unpack.
+    A subclass names its data, checks it in __new__, and has from_hp, _choose_grid, _round, _pack, _unpack, _dequantize,
+    _linear, _grouped_mm and _rows.
     """
 
     tensor_attribute_names = ["block_size", "shape"]  # noqa: RUF012
     optional_tensor_data_names = ["act_pre_scale"]  # noqa: RUF012
     optional_tensor_attribute_names = ["transposed"]  # noqa: RUF012
 
+    NUM_BITS: ClassVar[int]
     TILE_N: ClassVar[int]
     TILE_K: ClassVar[int]
 
@@ -64,8 +65,13 @@ class PackedWeight(TorchAOBaseTensor, metaclass=_PackedWeightType):
         raise NotImplementedError
 
     @classmethod
-    def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
-        """The data of a (N, K) weight, in the order of tensor_data_names."""
+    def _choose_grid(cls, w: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The grid of every group of a (N, K) weight: what follows qdata in tensor_data_names."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _round(w: Tensor, grid: tuple[Tensor, ...], group_size: int) -> Tensor:
+        """The integers (N, K) of a weight, rounded to the nearest points of this grid."""
         raise NotImplementedError
 
     @staticmethod
@@ -93,6 +99,27 @@ class PackedWeight(TorchAOBaseTensor, metaclass=_PackedWeightType):
     def _rows(self, rows: Tensor) -> Tensor:
         """Rows (R,) of a plain (N, K) weight, (R, K); it is not transposed and has no act_pre_scale."""
         raise NotImplementedError
+
+    @classmethod
+    def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
+        """The data of a (N, K) weight, in the order of tensor_data_names."""
+
+        def quantize(x: Tensor) -> tuple[Tensor, ...]:
+            grid = cls._choose_grid(x, group_size, w.dtype)
+            return cls._pack(cls._round(x, grid, group_size)), *grid
+
+        data = by_row_slabs(quantize, w, cls.TILE_N)
+        check_finite(w, data[1])
+        return data
+
+    @classmethod
+    def _from_grid(
+        cls, w: Tensor, grid: tuple[Tensor, ...], group_size: int | None, act_pre_scale: Tensor | None = None
+    ) -> Self:
+        """A (N, K) weight, rounded to the nearest point of a grid as `_choose_grid` returns."""
+        g = checked_group_size(w, group_size)
+        act_pre_scale = checked_pre_scale(act_pre_scale, grid[0])
+        return cls(cls._pack(cls._round(w, grid, g)), *grid, [1, g], tuple(w.shape), act_pre_scale)
 
     @classmethod
     def _from_hp(cls, w: Tensor, group_size: int | None, act_pre_scale: Tensor | None) -> Self:

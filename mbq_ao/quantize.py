@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -24,10 +25,10 @@ from mbq_ao.w4a8_tensor import MBQW4A8Tensor
 if TYPE_CHECKING:
     from mbq_ao.calibration.fold import ScaleGroup
     from mbq_ao.calibration.report import CalibrationReport
-    from mbq_ao.calibration.settings import CalibrationSettings
+    from mbq_ao.calibration.settings import CalibrationSettings, Fit
 
 FilterFn = Callable[[nn.Module, str], bool]
-_RECIPES = ("best", "paper", "smoothquant")
+_RECIPES = ("best", "paper", "smoothquant", "gptq")
 _LOSSES = ("mae", "mse")
 _TARGETS = ("decoder", "decoder+vision")
 
@@ -39,7 +40,7 @@ class MBQConfig(AOBaseConfig):
     calib_data: Iterable[Mapping[str, Any]] = field(repr=False)
     precision: Literal["w3a16", "w4a8"] = "w3a16"
     group_size: int | Literal["auto"] | None = "auto"
-    recipe: Literal["best", "paper", "smoothquant"] = "best"
+    recipe: Literal["best", "paper", "smoothquant", "gptq"] = "best"
     balance: bool | None = None
     loss: Literal["mae", "mse"] = "mae"
     propagate_error: bool = False
@@ -70,17 +71,25 @@ class MBQConfig(AOBaseConfig):
                 f"vision={type(self.vision).__name__} rounds the vision tower without calibration, and "
                 'targets="decoder+vision" calibrates it; leave out one of them'
             )
-        searches = self.recipe != "smoothquant"
-        if not searches and (self.balance or self.propagate_error or self.n_grid != MBQConfig.n_grid):
-            raise ValueError(
-                'recipe="smoothquant" searches nothing: leave out balance, propagate_error and n_grid, '
-                f"got {self.balance!r}, {self.propagate_error!r} and {self.n_grid!r}"
-            )
+        searches = self.recipe in ("best", "paper")
+        if not searches:
+            self._refuse_what_concerns_a_search()
         self.balance = searches if self.balance is None else self.balance
         kind = _QUANTIZERS[self.precision]
         rounding = kind.rounding(**({} if self.group_size == "auto" else {"group_size": self.group_size}))
         in_groups = self.recipe != "paper" or kind.published_in_groups
         self.group_size = rounding.group_size if in_groups else None
+
+    def _refuse_what_concerns_a_search(self) -> None:
+        concerns = {"propagate_error": self.propagate_error, "n_grid": self.n_grid != MBQConfig.n_grid}
+        if self.recipe == "smoothquant":
+            concerns = {"balance": bool(self.balance), **concerns}
+        if any(concerns.values()):
+            *others, last = concerns
+            raise ValueError(
+                f'recipe="{self.recipe}" searches no scales: leave out {", ".join(others)} and {last}, '
+                f"got {', '.join(f'{name}={getattr(self, name)!r}' for name in concerns)}"
+            )
 
     def quantizer(self) -> W3A16Quantizer | W4A8Quantizer:
         assert not isinstance(self.group_size, str)  # resolved when this was made
@@ -103,13 +112,31 @@ class MBQConfig(AOBaseConfig):
 
 
 @dataclass(frozen=True)
-class W3A16Quantizer:
+class _Quantizer:
     """What calibration knows of the tensor it calibrates for: a WeightQuantizer of calibration/settings.py."""
 
-    rounding: ClassVar = Int3WeightOnlyConfig  # the same tensor by plain rounding; has the default group size
-    published_in_groups: ClassVar = True  # whether the published code heeds a group size
+    tensor: ClassVar[type[PackedWeight]]
+    rounding: ClassVar[type[Int3WeightOnlyConfig | Int8DynamicActivationInt4WeightMBQConfig]]  # plain rounding
+    published_in_groups: ClassVar[bool]  # whether the published code heeds a group size
 
     group_size: int | None
+
+    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        return self.tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
+
+    def fit(self, weights: Sequence[Tensor], s: Tensor | None, fit: Fit) -> list[Tensor]:
+        scaled = torch.cat([_scaled(w, s) for w in weights])  # rows of all at once: they have their inputs in common
+        g = self.group_size or scaled.shape[1]
+        choose = partial(self.tensor._choose_grid, group_size=g, scale_dtype=scaled.dtype)
+        rounded, grid = fit(scaled.float(), s, choose, self.tensor.NUM_BITS, g)
+        rows = [len(w) for w in weights]
+        parts = zip(rounded.split(rows), *(values.split(rows) for values in grid), strict=True)
+        inverse = _inverse(scaled, s)
+        return [self.tensor._from_grid(w, tuple(own), self.group_size, inverse) for w, *own in parts]
+
+
+class W3A16Quantizer(_Quantizer):
+    tensor, rounding, published_in_groups = MBQInt3Tensor, Int3WeightOnlyConfig, True
 
     def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
         if s is None:
@@ -121,28 +148,17 @@ class W3A16Quantizer:
         dtype = weight.dtype
         return by_row_slabs(rounded, weight)[0]
 
-    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
-        return MBQInt3Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
 
+class W4A8Quantizer(_Quantizer):
+    """The rounding of activations cannot be put into a plain weight: the tensor is its own stand-in."""
 
-@dataclass(frozen=True)
-class W4A8Quantizer:
-    """As W3A16Quantizer. The rounding of activations cannot be put into a plain weight: the tensor is its stand-in."""
-
-    rounding: ClassVar = Int8DynamicActivationInt4WeightMBQConfig
-    published_in_groups: ClassVar = False
-
-    group_size: int | None
+    tensor, rounding, published_in_groups = MBQW4A8Tensor, Int8DynamicActivationInt4WeightMBQConfig, False
 
     def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
         # Where W s overflows float16 the scale is to lose the search, not to end it.
-        scaled = _scaled(weight, s)
-        if not scaled.isfinite().all():
+        if not _scaled(weight, s).isfinite().all():
             return torch.full_like(weight, torch.nan)
-        return MBQW4A8Tensor.from_hp(scaled, self.group_size, _inverse(weight, s))
-
-    def quantize(self, weight: Tensor, s: Tensor | None) -> Tensor:
-        return MBQW4A8Tensor.from_hp(_scaled(weight, s), self.group_size, _inverse(weight, s))
+        return self.quantize(weight, s)
 
 
 def _scaled(weight: Tensor, s: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
@@ -162,7 +178,7 @@ def mbq_config(
     *,
     precision: Literal["w3a16", "w4a8"] = "w3a16",
     group_size: int | Literal["auto"] | None = "auto",
-    recipe: Literal["best", "paper", "smoothquant"] = "best",
+    recipe: Literal["best", "paper", "smoothquant", "gptq"] = "best",
     balance: bool | None = None,
     loss: Literal["mae", "mse"] = "mae",
     propagate_error: bool = False,
@@ -193,8 +209,11 @@ def mbq_config(
         "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
         same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
         balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.
+        "gptq" scales nothing either: columns make up for each other's rounding (Frantar et al., arXiv 2210.17323), each
+        linear on what the quantized ones before it make of the same data. With balance=True vision tokens weigh r in
+        it, and text tokens 1. It is sensitive to the data: hundreds of samples, with text of the kind that matters.
     balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens. None is
-        True, and False for "smoothquant".
+        True, and False for "smoothquant" and "gptq".
     loss: "mae" or "mse", the search's distance between outputs (the paper prefers mae).
     propagate_error: calibrate every block on the output of the quantized blocks before it.
     n_grid: exponents tried for each scale.

@@ -15,8 +15,8 @@ from torch import Tensor
 from mbq_ao import packed_products  # noqa: F401  (registers them for PackedWeight)
 from mbq_ao.kernels import expert_ops, w4a8_ops  # noqa: F401  (registers torch.ops.mbq_ao)
 from mbq_ao.kernels.int4_layout import TILE_K, TILE_N, check_int4_qdata, pack_int4, unpack_int4, unpack_int4_rows
-from mbq_ao.packed_weight import PackedWeight, check_finite, check_groups, plain_shape
-from mbq_ao.quant_primitives import by_row_slabs, choose_scale_symmetric, dequantize_affine, quantize_symmetric
+from mbq_ao.packed_weight import PackedWeight, check_groups, plain_shape
+from mbq_ao.quant_primitives import choose_scale_symmetric, dequantize_affine, quantize_symmetric
 
 
 class MBQW4A8Tensor(PackedWeight):
@@ -34,6 +34,7 @@ class MBQW4A8Tensor(PackedWeight):
         transposed: whether this is the `.mT` of a weight; the data is not
     """
 
+    NUM_BITS = 4
     tensor_data_names = ["qdata", "scale"]  # noqa: RUF012
     TILE_N, TILE_K = TILE_N, TILE_K
     _pack, _unpack = staticmethod(pack_int4), staticmethod(unpack_int4)
@@ -78,14 +79,12 @@ class MBQW4A8Tensor(PackedWeight):
         return cls._from_hp(w, group_size, act_pre_scale)
 
     @classmethod
-    def _quantize(cls, w: Tensor, group_size: int) -> tuple[Tensor, ...]:
-        def quantize(x: Tensor) -> tuple[Tensor, ...]:
-            scale = choose_scale_symmetric(x, group_size=group_size, scale_dtype=w.dtype)
-            return pack_int4(quantize_symmetric(x, scale, group_size=group_size)), scale
+    def _choose_grid(cls, w: Tensor, group_size: int, scale_dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return (choose_scale_symmetric(w, group_size=group_size, scale_dtype=scale_dtype),)
 
-        data = by_row_slabs(quantize, w, TILE_N)
-        check_finite(w, data[1])
-        return data
+    @staticmethod
+    def _round(w: Tensor, grid: tuple[Tensor, ...], group_size: int) -> Tensor:
+        return quantize_symmetric(w, *grid, group_size=group_size)
 
     def _dequantize(self) -> Tensor:
         return torch.ops.mbq_ao.int4_dequantize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mbq_ao.calibration.activation_peaks import max_abs, mean_abs
 from mbq_ao.calibration.capture import BlockStream, ModuleCall, first_tensor, hooked
 from mbq_ao.calibration.experts import ExpertLinear, ExpertParameter
 from mbq_ao.calibration.fold import ScaleGroup, Scaling, activation_scales, folded_parameters
@@ -57,6 +58,7 @@ class BlockCalibrator:
         self.experts = {e.name: e for e in experts}
         self.num_tokens: dict[str, list[int]] = {}  # of a module with experts, that weigh in each expert's own search
         self.ranks, self.placement, self.scalings = ranks, placement, list[Scaling]()
+        self.fitted: dict[str, Tensor] = {}  # linears whose weights are found, not just rounded
 
     def search(self, groups: list[ScaleGroup]) -> list[GroupReport]:
         """Find one scale a group. All groups are searched on original weights, in order."""
@@ -73,12 +75,14 @@ class BlockCalibrator:
         parameter = group.linears[0].rpartition(".")[0]
         return parameter if len(group.linears) == 1 and parameter in self.experts else None
 
-    def use(self, groups: list[ScaleGroup], scales: list[Tensor]) -> None:
-        """Go on with these scales, one a group, (in_features,) each: those of `search`, or of an earlier one."""
+    def use(self, groups: list[ScaleGroup], scales: list[Tensor], fitted: Mapping[str, Tensor]) -> None:
+        """Go on with these scales, one a group, (in_features,) each, and weights: those of `search` and
+        `fit_weights`, or of an earlier one."""
         self.scalings = [
             Scaling(group, s.to(self.block.get_submodule(group.linears[0]).weight.device))
             for group, s in zip(groups, scales, strict=True)
         ]
+        self.fitted = {name: w.to(self.linears[name].weight.device) for name, w in fitted.items()}
 
     @torch.no_grad()
     def _search_group(self, group: ScaleGroup) -> GroupReport:
@@ -143,12 +147,12 @@ class BlockCalibrator:
         served = self._served_so_far() if self.settings.propagate_error else {}
         record = partial(expert_rows, self.block, experts=list(self.experts.values()), wanted=parameter)
         for stream in self.streams:
-            clean = record(self._call(stream, distorted=False), {}, with_shares=self.settings.route_weighted)
+            clean = record(self.call(stream, distorted=False), {}, with_shares=self.settings.route_weighted)
             clean = clean and clean.kept(self.placement)
             seen = clean
             if self.settings.propagate_error:
                 # Errors before the router send some tokens elsewhere; those have no target.
-                seen = record(self._call(stream, distorted=True), served, with_shares=False)
+                seen = record(self.call(stream, distorted=True), served, with_shares=False)
                 seen = seen and seen.kept(self.placement)
             if clean is None or seen is None:
                 rows.append(None)
@@ -278,11 +282,12 @@ class BlockCalibrator:
                 )
             )
             with hooked(handles):
-                self._call(stream, distorted).run(self.block, parameters)
+                self.call(stream, distorted).run(self.block, parameters)
             seen.append(recorder.kept(self.placement))
         return seen
 
-    def _call(self, stream: BlockStream, distorted: bool) -> ModuleCall:
+    def call(self, stream: BlockStream, distorted: bool) -> ModuleCall:
+        """The block's call on a stream; distorted: with what the blocks before got wrong, if the stream carries it."""
         if distorted and stream.distorted is not None:
             return (stream.behind or stream).call(self.index, stream.distorted)
         return stream.call(self.index, stream.hidden)
@@ -297,7 +302,10 @@ class BlockCalibrator:
         pre_scaled = activation_scales(self.scalings)
         for name, linear in self.linears.items():
             weight = parameters.get(f"{name}.weight", linear.weight)
-            parameters[f"{name}.weight"] = self.settings.quantizer.stand_in(weight, pre_scaled.get(name))
+            found = self.fitted.get(name)
+            parameters[f"{name}.weight"] = (
+                self.settings.quantizer.stand_in(weight, pre_scaled.get(name)) if found is None else found
+            )
         return parameters
 
     @torch.no_grad()
@@ -308,6 +316,9 @@ class BlockCalibrator:
         values = {}
         for name, linear in self.linears.items():
             weight = folded.pop(f"{name}.weight", linear.weight.detach())
+            if name in self.fitted:
+                values[f"{name}.weight"] = self.fitted[name]
+                continue
             try:
                 values[f"{name}.weight"] = self.settings.quantizer.quantize(weight, pre_scaled.get(name))
             except ValueError as error:
@@ -329,13 +340,13 @@ class BlockCalibrator:
     @torch.no_grad()
     def advance(self) -> None:
         """Move the streams to the next block's input."""
-        served = self.served_parameters() if self.settings.propagate_error else {}
+        served = self.served_parameters() if self.settings.follows_error else {}
         for stream in self.streams:
-            if self.settings.propagate_error:
-                distorted = self._call(stream, distorted=True).run(self.block, served)
+            if self.settings.follows_error:
+                distorted = self.call(stream, distorted=True).run(self.block, served)
                 distorted = (stream.behind or stream).between(self.index + 1, distorted)
                 stream.distorted = self.placement.keep(distorted)
-            hidden = stream.between(self.index + 1, self._call(stream, distorted=False).run(self.block))
+            hidden = stream.between(self.index + 1, self.call(stream, distorted=False).run(self.block))
             stream.hidden = self.placement.keep(hidden)
 
 
@@ -363,30 +374,3 @@ class Seen:
 
 def _num_weighed(weights: list[Tensor]) -> int:
     return sum(int((w != 0).sum()) for w in weights)
-
-
-def mean_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE, placement: Placement = HERE) -> Tensor:
-    """(in_features,) fp32: mean |x| of every channel over the counted tokens of all batches.
-
-    inputs, counted: of the batches that this rank runs.
-    """
-    selected = _counted_tokens(inputs, counted, placement)
-    found = ranks.gather([(x.abs().sum(0, dtype=torch.float32), len(x)) for x in selected])
-    return torch.stack([total for total, _ in found]).sum(0) / sum(number for _, number in found)
-
-
-def max_abs(inputs: list[Tensor], counted: list[Tensor], ranks: Ranks = ALONE, placement: Placement = HERE) -> Tensor:
-    """(in_features,) fp32: max |x| of every channel over the counted tokens of all batches, as `mean_abs`."""
-    selected = _counted_tokens(inputs, counted, placement)
-    found = ranks.gather([x.abs().amax(0) if len(x) else x.new_zeros(x.shape[-1]) for x in selected])
-    return torch.stack(found).amax(0).float()
-
-
-def _counted_tokens(inputs: list[Tensor], counted: list[Tensor], placement: Placement) -> Iterator[Tensor]:
-    """(tokens, in_features) a batch, where it is computed with.
-
-    Of another sequence than the text (the image that cross-attention reads) every token counts.
-    """
-    for x, mask in zip(inputs, counted, strict=True):
-        x, mask = placement.fetch((x, mask))
-        yield x.flatten(0, -2)[mask.flatten()] if x[..., 0].numel() == mask.numel() else x.flatten(0, -2)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import inspect
 from collections import UserDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -119,6 +119,23 @@ class ModuleCall:
         if not parameters:
             return first_tensor(module(*self.args, **self.kwargs))
         return first_tensor(torch.func.functional_call(module, dict(parameters), self.args, self.kwargs))
+
+
+class Reached(Exception):
+    """Ends a forward where nothing more is to be seen."""
+
+
+def input_in(call: ModuleCall, block: nn.Module, linear: str, parameters: Mapping[str, Tensor]) -> Tensor:
+    """(tokens, in_features) at the input of a linear, with some of the block's parameters replaced."""
+    seen: list[Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0])
+        raise Reached  # what the block does after that is most of its work, and not asked for
+
+    with hooked([block.get_submodule(linear).register_forward_pre_hook(stop)]), suppress(Reached):
+        call.run(block, parameters)
+    return seen[0].flatten(0, -2)
 
 
 @dataclass

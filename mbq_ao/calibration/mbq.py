@@ -34,6 +34,7 @@ chunk: its peak depends neither on the number of blocks nor on that of samples. 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -49,20 +50,22 @@ from mbq_ao.calibration.batch import CalibrationBatch, collect_batches
 from mbq_ao.calibration.block import BlockCalibrator
 from mbq_ao.calibration.capture import BlockStream, capture_streams, find_blocks
 from mbq_ao.calibration.experts import ExpertParameter, experts_as_linears, routers_of
-from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling
+from mbq_ao.calibration.fitting import fit_weights
+from mbq_ao.calibration.fold import ScaleGroup, Scaling
+from mbq_ao.calibration.groups_of_blocks import find_groups, probing_cost
 from mbq_ao.calibration.logits_check import check_logits
 from mbq_ao.calibration.plan import Plan
 from mbq_ao.calibration.ranks import ALONE, Ranks
 from mbq_ao.calibration.report import CalibrationReport, ExpertsReport, GroupReport
 from mbq_ao.calibration.residency import Placement, computing_on, resident_on
-from mbq_ao.calibration.scale_groups import BlockProber
 from mbq_ao.calibration.selection import linears_beside, selected_linears
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
-from mbq_ao.calibration.settings import CalibrationSettings, Masks, Recipe
+from mbq_ao.calibration.settings import CalibrationSettings, Masks
 from mbq_ao.calibration.shared_store import SharedStore, agree
 from mbq_ao.calibration.stacks import Beside, Stack, capture_passes, find_stacks, listed_blocks, other_weights
 from mbq_ao.calibration.validate import check_linears, check_model, owners_of_parameters
 from mbq_ao.calibration.work_dir import State, Store, describe_data, describe_run
+from mbq_ao.safetensors_format import flatten_weights, unflatten_weights
 
 
 def calibrate(
@@ -144,7 +147,7 @@ def _calibrate(
             report.logits_error = check_logits(model, work.blocks, work.scalings, seeing or batches, placement, outputs)
 
     report.rounded, report.left_alone = beside.rounded, beside.left_alone
-    _summarise(report, work.plan, work.stacks, work.groups)
+    _summarise(report, work.plan, work.stacks, work.groups, work.fitted)
     if linears:
         report.stacks = {stack.name: list(stack.blocks) for stack in work.stacks}
     if targets == "decoder+vision":
@@ -170,6 +173,7 @@ class _Work:
     blocks: dict[str, nn.Module] = field(default_factory=dict)
     groups: dict[str, list[ScaleGroup]] = field(default_factory=dict)
     scalings: dict[str, list[Scaling]] = field(default_factory=dict)
+    fitted: dict[str, list[str]] = field(default_factory=dict)
 
     def calibrate(
         self, stack: Stack, capture: Callable[[], list[BlockStream]], masks: Masks | None, ranks: Ranks
@@ -186,19 +190,19 @@ class _Work:
         chosen = [] if masks is not None else [{name: list(linears) for name, linears in selected.items()}]
         with report.timed("capture"):
             streams = capture()
-            if settings.propagate_error and self.plan.parameters:
+            if settings.follows_error and self.plan.parameters:
                 chosen.append({name: list(linears) for done in self.stacks for name, linears in done.selected.items()})
                 with self.plan.in_place():
                     for stream, behind in zip(streams, capture(), strict=True):
                         stream.start_behind(behind)
         with report.timed("scale groups"):
             find = partial(find_groups, self.owners, blocks, streams, settings, selected)
-            groups, not_called = ranks.on_one(find, keys=[_probing_cost(stream) for stream in streams])
+            groups, not_called, measured_at = ranks.on_one(find, keys=[probing_cost(stream) for stream in streams])
         selected = {b: {n: m for n, m in ms.items() if n not in not_called[b]} for b, ms in selected.items()}
         stack = replace(stack, selected=selected)
         raw_ratios: dict[ModuleName, float] = {}
         if masks is not None and settings.balance and any(b.vision.any() for b in self.batches):
-            inspected = list(dict.fromkeys((name, g.measured_at) for name, gs in groups.items() for g in gs))
+            inspected = list(dict.fromkeys((name, at) for name, of in measured_at.items() for at in of.values()))
             own, answers = ranks.mine(self.batches), ranks.mine(masks.answer)
             measure = partial(_measure, model, blocks, inspected, own, answers, ranks, placement, progress)
             with report.timed("sensitivity"):
@@ -210,7 +214,7 @@ class _Work:
         bar = tqdm(blocks.items(), desc=f"scale search{where}", disable=not progress)
         for index, (name, block) in enumerate(bar):
             block_began = time.perf_counter()
-            block_ratios = {g.measured_at: ratios.get((name, g.measured_at)) for g in groups[name]}
+            block_ratios = {at: ratios.get((name, at)) for at in measured_at[name].values()}
             with resident_on(placement.device, block):
                 worker = BlockCalibrator(
                     name,
@@ -225,13 +229,14 @@ class _Work:
                     ranks,
                     placement,
                 )
-                search = partial(_search, worker, groups[name], raw_ratios)
+                search = partial(_search, worker, groups[name], raw_ratios, measured_at[name])
                 follows_from = (name, groups[name], block_ratios, *chosen)
                 state = store.once(f"{stack.step}{index:04}", search, follows_from=follows_from)
-                worker.use(groups[name], state.tensors)
+                worker.use(groups[name], *_found(state, len(groups[name])))
                 self.plan.parameters += [(module, n, placement.keep(value)) for module, n, value in worker.plan()]
                 if index + 1 < len(blocks):
                     worker.advance()
+            self.fitted[name] = list(worker.fitted)
             reports = [GroupReport(**record) for record in state.record["groups"]]
             report.experts += [ExpertsReport(**record) for record in state.record["experts"]]
             report.num_resumed += state.resumed
@@ -282,90 +287,28 @@ def _measure(
     return State([[block, name, r] for (block, name), r in raw.items()])
 
 
-def _search(worker: BlockCalibrator, groups: list[ScaleGroup], raw_ratios: Mapping[ModuleName, float]) -> State:
+def _search(
+    worker: BlockCalibrator,
+    groups: list[ScaleGroup],
+    raw_ratios: Mapping[ModuleName, float],
+    measured_at: Mapping[str, str],
+) -> State:
     reports = worker.search(groups)
     for group, report in zip(groups, reports, strict=True):
         report.sensitivity_raw = raw_ratios.get((worker.name, group.measured_at))
     record = {"groups": [asdict(r) for r in reports], "experts": [asdict(r) for r in worker.experts_reports()]}
-    return State(record, [scaling.s for scaling in worker.scalings])
+    scales = [scaling.s for scaling in worker.scalings]
+    if not worker.settings.recipe.fits_weights:
+        return State(record, scales)
+    plain, metadata = flatten_weights(fit_weights(worker, measured_at))
+    return State(record | {"fitted": [list(plain), metadata["mbq_weights"]]}, [*scales, *plain.values()])
 
 
-def find_groups(
-    owners: Mapping[nn.Parameter, list[str]],
-    blocks: Mapping[str, nn.Module],
-    streams: list[BlockStream],
-    settings: CalibrationSettings,
-    selected: Mapping[str, dict[str, nn.Linear]],
-) -> tuple[dict[str, list[ScaleGroup]], dict[str, list[str]]]:
-    """The scale groups of every block, and its linears that must stay, see `read_past_forward`.
-
-    Blocks of the same structure are probed once.
-    owners: of each parameter of the model. One that other modules own as well is never folded. Raises ValueError
-    if a group of `settings.scale_groups` asks for it.
-    """
-    _check_disjoint(settings.scale_groups or ())
-    stream = min(streams, key=_probing_cost)
-    known: dict[tuple[Any, ...], tuple[list[ScaleGroup], list[str]]] = {}
-    result, not_called = {}, {}
-    for index, (name, block) in enumerate(blocks.items()):
-        signature = (
-            type(block),
-            tuple((n, type(m), getattr(getattr(m, "weight", None), "shape", None)) for n, m in block.named_modules()),
-        )
-        if signature not in known:
-            prober = BlockProber(block, stream.call(index, stream.between(index, stream.hidden)))
-            given = settings.scale_groups
-            found = prober.find_all() if given is None else [prober.complete(group) for group in given]
-            known[signature] = found, prober.read_past_forward()
-        groups, not_called[name] = known[signature]
-        found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in groups]
-        result[name] = [
-            group
-            for group in found
-            if _is_scaled(group, block, settings.recipe) and any(n in selected[name] for n in group.linears)
-        ]
-    return result, not_called
-
-
-def _probing_cost(stream: BlockStream) -> float:
-    return stream.hidden.numel() if stream.hidden.shape[-2] > 1 else float("inf")
-
-
-def _check_disjoint(groups: Sequence[ScaleGroup]) -> None:
-    owners: dict[str, ScaleGroup] = {}
-    for group in groups:
-        for name in group.linears:
-            if owners.setdefault(name, group) is not group:
-                raise ValueError(f"{name} is in two of scale_groups: {owners[name]} and {group}; put it in one")
-
-
-def _unshared(
-    group: ScaleGroup, block_name: str, block: nn.Module, owners: Mapping[nn.Parameter, list[str]], explicit: bool
-) -> ScaleGroup:
-    """The group, without its producer if folding would change a parameter that other modules use too."""
-    if group.producer is None:
-        return group
-    for name in (group.producer, *group.linears):
-        for parameter in block.get_submodule(name).parameters(recurse=False):
-            if len(owners[parameter]) > 1:
-                if explicit:
-                    raise ValueError(
-                        f"{group} of {block_name} cannot be folded: {' and '.join(owners[parameter])} are one "
-                        "parameter; untie them, or leave the group out"
-                    )
-                return replace(group, producer=None, fold=None, row_map=RowMap(), mixes_tokens=False)
-    return group
-
-
-def _is_scaled(group: ScaleGroup, block: nn.Module, recipe: Recipe) -> bool:
-    if group.producer is None:
-        return recipe.pre_scale_unfolded
-    if recipe.norms_only and group.fold == "rows":
-        return False
-    if recipe.tie_shared_rows or not group.mixes_tokens:
-        return True
-    # The published code scales o_proj only if v_proj has the very same shape.
-    return block.get_submodule(group.producer).weight.shape == block.get_submodule(group.linears[0]).weight.shape
+def _found(state: State, num_groups: int) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Scales, one a group, and fitted weights by the linear's name: what `_search` put together."""
+    names, weights = state.record.get("fitted", ([], "{}"))
+    plain = dict(zip(names, state.tensors[num_groups:], strict=True))
+    return state.tensors[:num_groups], unflatten_weights(plain, json.loads(weights), "work_dir")
 
 
 @contextmanager
@@ -381,7 +324,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _summarise(
-    report: CalibrationReport, plan: Plan, stacks: Sequence[Stack], groups: Mapping[str, list[ScaleGroup]]
+    report: CalibrationReport,
+    plan: Plan,
+    stacks: Sequence[Stack],
+    groups: Mapping[str, list[ScaleGroup]],
+    fitted: Mapping[str, Sequence[str]],
 ) -> None:
     report.nbytes_after = sum(v.quantized_nbytes() for _, _, v in plan.parameters if hasattr(v, "quantized_nbytes"))
     for stack, block_name in [(of, name) for of in stacks for name in of.blocks]:
@@ -392,7 +339,8 @@ def _summarise(
         scaled = {name for group in groups[block_name] for name in group.linears}
         named = {*selected, *routers, *(n.removeprefix(f"{block_name}.") for n in report.left_alone)}
         left = {
-            "not_scaled": [n for n in selected if n not in scaled],
+            "not_scaled": [n for n in selected if n not in scaled and n not in fitted[block_name]],
+            "fitted": list(fitted[block_name]),
             "not_quantized": [n for n in weights if n not in named],
             "routers": routers,
         }

@@ -18,12 +18,14 @@ model and the largest of what comes there one after the other. In bytes, with b 
     probing         4 (W + g + w) + 4 T (4 I + 6 C)                  an fp32 copy of a layer, its folded weights
     search          3 W b + (8 + 2 b) w + T (I + C) b                a layer, scales tried at once, a batch of the
                                         + c ((4 I + 4 C) b + 8 C)    group's input and target, a chunk of tokens
+    fitting         3 W b + 20 g + 12 I^2 + T I (b + 8)              a layer, recipe="gptq" alone: the weights that read
+                                                                     one x, its second moments, a batch of x
 
 None of them depends on n, or on the number of layers L. The host holds
 
     model           all parameters
     packed          L W bits / 8: what the model becomes
-    streams         n T C b, twice with propagate_error
+    streams         n T C b, twice with propagate_error or recipe="gptq"
     group           2 n T (I + C) b: input and target of the group that is searched, and of its counted tokens
     checkpoints     L T C b
 
@@ -45,6 +47,7 @@ from torch import nn
 from mbq_ao.calibration import scale_search
 from mbq_ao.calibration.capture import find_blocks
 from mbq_ao.calibration.residency import large_parts
+from mbq_ao.calibration.settings import RECIPES
 
 _BITS = {"w3a16": 3.25, "w4a8": 4.0}  # of a packed weight, scales and zero points of groups of 128 included
 _GB = 1e9
@@ -88,6 +91,7 @@ def estimate(
     *,
     answer_tokens: int = 256,
     precision: str = "w3a16",
+    recipe: str = "best",
     propagate_error: bool = False,
     blocks: Iterable[nn.Module] | None = None,
 ) -> MemoryEstimate:
@@ -96,7 +100,7 @@ def estimate(
     model: values are not looked at, so it may be on the meta device; of a config one is built there, in bfloat16 if
         the config names no dtype.
     n_samples: batches.  tokens: of the largest batch, all samples in it together.  answer_tokens: of those, how many
-        have labels.  precision, propagate_error, blocks: as in mbq_config.
+        have labels.  precision, recipe, propagate_error, blocks: as in mbq_config.
     """
     if isinstance(model, transformers.PreTrainedConfig):
         model = _on_meta(model)
@@ -124,6 +128,8 @@ def estimate(
     chunk = min(scale_search.CHUNK_TOKENS, tokens)
     total = _num_parameters(model)
     of_all_layers = sum(map(_num_parameters, layers))
+    fits = RECIPES[recipe].fits_weights
+    fitting = {"fitting": 3 * b * layer + 20 * group + 12 * i * i + tokens * i * (b + 8)} if fits else {}
     return MemoryEstimate(
         resident=b * sum(p.numel() for p in model.parameters() if id(p) not in inside),
         phases={
@@ -134,11 +140,12 @@ def estimate(
             + (8 + 2 * b) * weight
             + tokens * (i + c) * b
             + chunk * ((4 * i + 4 * c) * b + 8 * c),
-        },
+        }
+        | fitting,
         host={
             "model": b * total,
             "packed": int(of_all_layers * _BITS[precision] / 8),
-            "streams": n_samples * tokens * c * b * (1 + propagate_error),
+            "streams": n_samples * tokens * c * b * (1 + (propagate_error or fits)),
             "group": 2 * n_samples * tokens * (i + c) * b,
             "checkpoints": len(layers) * tokens * c * b,
         },

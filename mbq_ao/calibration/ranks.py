@@ -4,17 +4,18 @@
     rank 0   0   2     5      runs the model on these
     rank 1     1   3 4
 
-Ranks never add up what they found: they gather it batch by batch, and each does the sums that a single process does,
-in the order of the batches. So the result does not depend on how many there are, to the last bit where their devices
-compute the same bits.
+Ranks never add up what they found but integers: they gather it batch by batch, and each does the sums that a single
+process does, in the order of the batches. So the result does not depend on how many there are, to the last bit where
+their devices compute the same bits.
 
-All they ever do together is one thing, `each`: every rank gives a value and gets the values of all, or the word that a
+What they do together is one thing, `each`: every rank gives a value and gets the values of all, or the word that a
 rank has failed. A rank that fails gives that word in place of its next value and so meets the others wherever they
 are; if it fails while values pass, or dies, its connections break and the others fail at once. None is left waiting.
 
 The connections are our own, gloo between CPUs, whatever the training uses: nothing of ours can come between the
 collectives of the program, and nothing needs to know on which device those have to be. What passes is little: two
-numbers a channel and a few numbers a scale tried, for each batch and group.
+numbers a channel and a few numbers a scale tried, for each batch and group; and, where weights are fitted to their
+inputs, one (K, K) sum for each set of linears that read the same x.
 """
 
 from __future__ import annotations
@@ -55,6 +56,14 @@ class Ranks:
     def of_parts(self, numbers: Sequence[int]) -> Ranks:
         """The same ranks, where not batches are shared out but their parts, so many of each; at least one in all."""
         return self
+
+    def own(self, values: list[T]) -> list[T]:
+        """Of values, one for each batch that this rank runs, those of batches that no other rank runs as well."""
+        return values
+
+    def add_up(self, value: Tensor) -> Tensor:
+        """The sum of the ranks' tensors. Of integers, as other sums depend on the number of ranks."""
+        return value
 
     def each(self, value: T) -> list[T]:
         """The value of every rank, in their order.
@@ -105,20 +114,41 @@ class SeveralRanks(Ranks):
         by_rank = [iter(part) for part in self.each(tree_map_only(Tensor, lambda t: t.cpu(), values))]
         return tree_map_only(Tensor, lambda t: t.to(device), [next(by_rank[owner]) for owner in self.owners])
 
+    def own(self, values: list[T]) -> list[T]:
+        return values if self.rank in self.owners else []
+
     def each(self, value: T) -> list[T]:
-        messages: list[Any] = [None] * self.size
         self.can_speak = False  # interrupted in here, nobody knows who has heard what: then only hanging up is clear
+        values = self._told(value)
+        self.can_speak = True
+        return values
+
+    def add_up(self, value: Tensor) -> Tensor:
+        self.can_speak = False
+        self._told(None)  # a rank may have failed instead
+        total = value.cpu()
+        try:
+            dist.all_reduce(total, group=self.group)
+        except RuntimeError as error:
+            raise self._lost(error) from error
+        self.can_speak = True
+        return total.to(value.device)
+
+    def _told(self, value: T) -> list[T]:
+        messages: list[Any] = [None] * self.size
         try:
             dist.all_gather_object(messages, (None, value), group=self.group)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"rank {self.rank} lost the other ranks: one has died, was interrupted, or took too long "
-                f"({str(error).splitlines()[0]}). The model is as it was"
-            ) from error
+            raise self._lost(error) from error
         if failed := [f"rank {rank}: {word}" for rank, (word, _) in enumerate(messages) if word]:
             raise RuntimeError(f"quantize_ failed on {'; '.join(failed)}. The model is as it was on this rank as well")
-        self.can_speak = True
         return [value for _, value in messages]
+
+    def _lost(self, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"rank {self.rank} lost the other ranks: one has died, was interrupted, or took too long "
+            f"({str(error).splitlines()[0]}). The model is as it was"
+        )
 
     def on_one(self, compute: Callable[[], T], keys: Sequence[float] | None = None) -> T:
         chosen = 0
@@ -148,6 +178,9 @@ class _Parts(SeveralRanks):
 
     def each(self, value: T) -> list[T]:
         return self.ranks.each(value)
+
+    def add_up(self, value: Tensor) -> Tensor:
+        return self.ranks.add_up(value)
 
 
 @contextmanager

@@ -76,6 +76,7 @@ class CalibrationReport:
 
     groups: one record a scale group, in the order in which the model runs them.
     not_scaled: linears that are quantized by plain rounding because nothing takes their scale, or the recipe has none.
+    fitted: linears whose rounding was fitted to their inputs (recipe "gptq").
     not_quantized: linears inside the blocks that filter_fn left out, and other weights found there; of the vision
         tower, those that its config left alone.
     routers: what chooses or weighs experts, always left as it is, as it is small and every token's way depends on it.
@@ -96,6 +97,7 @@ class CalibrationReport:
     settings: dict[str, Any]
     groups: list[GroupReport] = field(default_factory=list)
     not_scaled: list[str] = field(default_factory=list)
+    fitted: list[str] = field(default_factory=list)
     not_quantized: list[str] = field(default_factory=list)
     routers: list[str] = field(default_factory=list)
     experts: list[ExpertsReport] = field(default_factory=list)
@@ -161,6 +163,8 @@ class CalibrationReport:
     def __str__(self) -> str:
         header = ("block", "linears", "folded into", "alpha", "r", "loss RTN", "loss", "gain")
         groups = experts_together(self.groups)
+        if not groups:
+            return self.summary()
         rows = [
             (
                 group.block if i == 0 or groups[i - 1].block != group.block else "",
@@ -224,6 +228,8 @@ class CalibrationReport:
         for found, what in ((self.rounded, "rounded without calibration"), (self.left_alone, "left as they are")):
             for reason in dict.fromkeys(found.values()):
                 lines.append(f"{what} ({reason}): {some([name for name, why in found.items() if why == reason])}")
+        if self.fitted:
+            lines.append(f"rounded with compensation, fitted to their inputs: {len(self.fitted)} weights")
         if self.not_scaled:
             lines.append(f"rounded without a scale: {some(self.not_scaled)}")
         if self.not_quantized:

@@ -24,13 +24,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked
+from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked, input_in
 from mbq_ao.calibration.expert_groups import expert_parameters, find_expert_groups
 from mbq_ao.calibration.experts import ExpertLinear
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, folded_parameters
@@ -72,10 +71,6 @@ class Trace:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
-
-
-class _Reached(Exception):
-    """Ends a forward where nothing more is to be seen."""
 
 
 class BlockProber:
@@ -239,15 +234,7 @@ class BlockProber:
 
     def input_of(self, linear: str, parameters: dict[str, Tensor]) -> Tensor:
         """(tokens, in_features) at the input of a linear, with some of the block's parameters replaced."""
-        seen: list[Tensor] = []
-
-        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            seen.append(args[0])
-            raise _Reached  # what the block does after that is most of its work, and not asked for
-
-        with hooked([self._module(linear).register_forward_pre_hook(stop)]), suppress(_Reached):
-            self.call.run(self.block, parameters)
-        return seen[0].flatten(0, -2)
+        return input_in(self.call, self.block, linear, parameters)
 
     def _unprobed_input(self, linear: str) -> Tensor:
         """`input_of` the block as it is."""

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mbq_ao.calibration.batch import CalibrationBatch
+from mbq_ao.calibration.error_compensation import Grid
 from mbq_ao.calibration.fold import ScaleGroup
 from mbq_ao.calibration.scale_search import Loss
 
 FilterFn = Callable[[nn.Module, str], bool]
 Targets = Literal["decoder", "decoder+vision"] | FilterFn
+
+
+# W s (N, K) fp32, s, how the tensor chooses a grid, its bits, columns in a group -> W s on its grid, and the grid
+Fit = Callable[[Tensor, Tensor | None, Callable[[Tensor], Grid], int, int], tuple[Tensor, Grid]]
 
 
 class WeightQuantizer(Protocol):
@@ -32,6 +37,9 @@ class WeightQuantizer(Protocol):
         Raises ValueError where it cannot hold them.
         """
 
+    def fit(self, weights: Sequence[Tensor], s: Tensor | None, fit: Fit) -> list[Tensor]:
+        """As `quantize`, for linears that read the same x, with grids and rounding found by `fit`."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -43,19 +51,26 @@ class Recipe:
     pre_scale_unfolded: bool  # where nothing takes 1/s, keep it as act_pre_scale instead of not scaling
     norms_only: bool = False  # scale nothing but what a norm produces
     smooth_alpha: float | None = None  # take SmoothQuant's s with this exponent instead of searching one
+    scaled: bool = True  # scale channels at all
+    search_grid: bool = False  # fit the grids to the inputs, see error_compensation.py
+    compensated: bool = False  # let columns make up for each other's rounding
+    act_order: bool = False  # in doing so, begin with the columns of the largest inputs
+    corrects_drift: bool = False  # and, first, for what the inputs themselves have drifted by
+    shrinkage: float = 0.0  # share by which what channels have in common is discounted, as few tokens overstate it
+    sensitivity_power: float = 1.0  # in all three, vision tokens weigh r to this power; 0: all tokens alike
+
+    @property
+    def fits_weights(self) -> bool:
+        """Whether a weight depends on the linear's inputs, not just on its own values."""
+        return self.search_grid or self.compensated or self.corrects_drift
 
 
+_CORRECTED = Recipe(count_padding=False, shift_answers=True, tie_shared_rows=True, pre_scale_unfolded=True)
 RECIPES = {
     "paper": Recipe(count_padding=True, shift_answers=False, tie_shared_rows=False, pre_scale_unfolded=False),
-    "best": Recipe(count_padding=False, shift_answers=True, tie_shared_rows=True, pre_scale_unfolded=True),
-    "smoothquant": Recipe(
-        count_padding=False,
-        shift_answers=True,
-        tie_shared_rows=True,
-        pre_scale_unfolded=False,
-        norms_only=True,
-        smooth_alpha=0.5,
-    ),
+    "best": _CORRECTED,
+    "gptq": replace(_CORRECTED, scaled=False, compensated=True),
+    "smoothquant": replace(_CORRECTED, pre_scale_unfolded=False, norms_only=True, smooth_alpha=0.5),
 }
 
 
@@ -74,6 +89,11 @@ class CalibrationSettings:
     targets: Targets = "decoder"
     # Of an expert's own search: weigh a token by the factor that the expert's output has for it as well.
     route_weighted: bool = False
+
+    @property
+    def follows_error(self) -> bool:
+        """Whether the streams carry what the blocks before got wrong."""
+        return self.propagate_error or self.recipe.fits_weights
 
 
 @dataclass

@@ -31,6 +31,7 @@ from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.capture import (
     BlockStream,
     ModuleCall,
+    Reached,
     first_tensor,
     forward,
     hooked,
@@ -311,10 +312,6 @@ def capture_passes(
     return streams[: len(own)]  # a rank without a pass of its own has been given the first one
 
 
-class _DecoderReached(Exception):
-    """Ends a forward whose rest is not needed."""
-
-
 def forward_until(
     model: nn.Module, batch: CalibrationBatch, first_layer: nn.Module, at_decoder: Callable[[], None] = lambda: None
 ) -> None:
@@ -322,9 +319,9 @@ def forward_until(
 
     def reached() -> None:
         at_decoder()
-        raise _DecoderReached
+        raise Reached
 
-    with suppress(_DecoderReached):
+    with suppress(Reached):
         _forward_past(model, batch, first_layer, reached)
 
 

@@ -70,7 +70,7 @@ def quantize(
         ),
     ] = None,
     recipe: Annotated[
-        Literal["best", "paper", "smoothquant"],
+        Literal["best", "paper", "smoothquant", "gptq"],
         typer.Option(help="paper computes what the published code computes.", rich_help_panel=_METHOD),
     ] = "best",
     targets: Annotated[

@@ -21,6 +21,7 @@ import math
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -94,31 +95,60 @@ def vision_targets(pixels: Tensor, color: Tensor, shape: Tensor, background: int
     return torch.where(ink, words, background), ink
 
 
+SHAPE_WORDS = [*COLORS, *SHAPES, "background"]
+
+
+@dataclass(frozen=True)
+class SpelledImages:
+    """Images, and the word that each patch of them has to spell.
+
+    pixels: (B, 3, 64, 64) in -1..1.  word: (B, 64) int64, which of the words.  ink: (B, 64) bool, the patches that
+    show something.
+    """
+
+    pixels: Tensor
+    word: Tensor
+    ink: Tensor
+
+
+def shape_images(
+    pixels: Tensor, labels: list[tuple[str, str] | None], rng: random.Random
+) -> Callable[[int], SpelledImages]:
+    """How train_vision draws images of shapes, spelled in SHAPE_WORDS.
+
+    pixels: (num_images, 3, 64, 64); labels: (shape, color) of each, None where they are not known.
+    """
+    pixels = pixels[torch.tensor([label is not None for label in labels])]
+    shape, color = (torch.tensor([SHAPE_WORDS.index(label[i]) for label in labels if label]) for i in (0, 1))
+
+    def draw(count: int) -> SpelledImages:
+        pick = torch.tensor(rng.choices(range(len(pixels)), k=count))
+        images = move_shapes(pixels[pick], rng)
+        return SpelledImages(images, *vision_targets(images, color[pick], shape[pick], len(SHAPE_WORDS) - 1))
+
+    return draw
+
+
 def train_vision(
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
-    pixels: Tensor,
-    labels: list[tuple[str, str]],
-    rng: random.Random,
+    words: list[str],
+    draw: Callable[[int], SpelledImages],
     steps: int = VISION_STEPS,
 ) -> None:
-    """Stage 1, in place.  pixels: (num_images, 3, 64, 64); labels: (shape, color) of each."""
-    words = [*COLORS, *SHAPES, "background"]
+    """Stage 1, in place.  draw(n) returns n training images spelled in `words`."""
     table = model.get_input_embeddings().weight.detach()
     vectors = torch.stack([table[processor.tokenizer.encode(" " + word)].mean(0) for word in words])
-    color = torch.tensor([words.index(c) for _, c in labels])
-    shape = torch.tensor([words.index(s) for s, _ in labels])
     parameters = [p for n, p in model.named_parameters() if is_trained_directly(n)]
     optimizer = torch.optim.AdamW(parameters, VISION_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, VISION_RATE, total_steps=steps, pct_start=0.1)
     start = time.time()
     for step in range(1, steps + 1):
-        pick = torch.tensor(rng.choices(range(len(labels)), k=VISION_BATCH))
-        images = move_shapes(pixels[pick], rng)
-        target, ink = vision_targets(images, color[pick], shape[pick], background=len(words) - 1)
-        tokens = torch.cat(list(model.model.get_image_features(images, return_dict=True).pooler_output))
+        drawn = draw(VISION_BATCH)
+        target, ink = drawn.word, drawn.ink
+        tokens = torch.cat(list(model.model.get_image_features(drawn.pixels, return_dict=True).pooler_output))
         distance = torch.cdist(tokens, vectors).square().view(*target.shape, len(words))
-        # The nearest word must be the right one, and the token close to it; the few shape patches count most.
+        # The nearest word must be the right one, and the token close to it; the few inked patches count most.
         nll = F.cross_entropy(-distance.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
         near = distance.gather(-1, target[..., None])[..., 0]
         loss = nll[ink].mean() + 0.2 * nll[~ink].mean() + 0.05 * (near[ink].mean() + near[~ink].mean())
@@ -129,7 +159,7 @@ def train_vision(
         schedule.step()
         if step % 25 == 0:
             right = (distance.argmin(-1) == target)[ink].float().mean()
-            print(f"vision {step}: loss {loss:.3f}, shape patches {right:.3f}, {time.time() - start:.0f} s", flush=True)
+            print(f"vision {step}: loss {loss:.3f}, inked patches {right:.3f}, {time.time() - start:.0f} s", flush=True)
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -200,8 +230,12 @@ def train_jointly(
     steps: int,
     rng: random.Random,
     save: Callable[[dict[str, LowRank], int], None],
+    augment: Callable[[Tensor], Tensor] = lambda pixels: pixels,
 ) -> None:
-    """Stage 2 for `steps`, in place.  save(low_rank, step) is called now and then, and at the end."""
+    """Stage 2 for `steps`, in place.  save(low_rank, step) is called now and then, and at the end.
+
+    augment: changes pixels (B, 3, 64, 64) in a way that leaves every answer true.
+    """
     low_rank = add_low_rank(model)
     factors = [p for wrapper in low_rank.values() for p in (wrapper.down, wrapper.up)]
     tower = [p for n, p in model.named_parameters() if is_trained_directly(n)]
@@ -219,7 +253,7 @@ def train_jointly(
         batches = batches or similar_batches(groups, JOINT_BATCH, rng)
         pick = batches.pop()
         batch = pack(processor, [groups[i] for i in pick])
-        loss, hit = packed_loss(model, batch, move_shapes(pixels[pick], rng))
+        loss, hit = packed_loss(model, batch, augment(pixels[pick]))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(factors + tower, 1.0)
@@ -251,14 +285,15 @@ def main() -> None:
     groups = group_by_image(load_easy_vqa("train"))
     pixels = processor.image_processor([group[0].image for group in groups], return_tensors="pt")["pixel_values"]
     labels = [shape_and_color(group) for group in groups]
-    known = torch.tensor([label is not None for label in labels])
-    train_vision(model, processor, pixels[known], [label for label in labels if label], rng)
+    train_vision(model, processor, SHAPE_WORDS, shape_images(pixels, labels, rng))
 
     def save(low_rank: dict[str, LowRank], step: int) -> None:
         metadata = {"seed": str(arguments.seed), "joint_steps": str(step)}
         save_trained_part(model, low_rank, arguments.out, metadata)
 
-    train_jointly(model, processor, groups, pixels, arguments.steps, rng, save)
+    train_jointly(
+        model, processor, groups, pixels, arguments.steps, rng, save, augment=lambda images: move_shapes(images, rng)
+    )
 
 
 if __name__ == "__main__":

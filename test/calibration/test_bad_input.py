@@ -284,7 +284,7 @@ def test_scale_groups_that_cannot_be_folded(model: nn.Module) -> None:
     ("option", "value", "text"),
     [
         ("precision", "w2", "precision must be one of 'w3a16', 'w4a8', got 'w2'"),
-        ("recipe", "awq", "recipe must be one of 'best', 'paper', 'smoothquant', got 'awq'"),
+        ("recipe", "awq", "recipe must be one of 'best', 'paper', 'smoothquant', 'gptq', got 'awq'"),
         ("loss", "l1", "loss must be one of 'mae', 'mse', got 'l1'"),
         ("n_grid", 0, "n_grid must be an integer of at least 1, got 0; the paper uses 20"),
     ],
@@ -308,9 +308,18 @@ def test_smoothquant_refuses_what_concerns_a_search(option: dict[str, Any]) -> N
         mbq_config([], recipe="smoothquant", **option)
     values = {"balance": None, "propagate_error": False, "n_grid": 20, **option}
     assert str(caught.value) == (
-        'recipe="smoothquant" searches nothing: leave out balance, propagate_error and n_grid, '
-        "got {balance!r}, {propagate_error!r} and {n_grid!r}".format(**values)
+        'recipe="smoothquant" searches no scales: leave out balance, propagate_error and n_grid, '
+        "got balance={balance!r}, propagate_error={propagate_error!r}, n_grid={n_grid!r}".format(**values)
     )
+
+
+def test_gptq_refuses_what_concerns_a_search() -> None:
+    assert mbq_config([], recipe="gptq", balance=True).balance
+    assert not mbq_config([], recipe="gptq").balance
+    with pytest.raises(
+        ValueError, match=r'^recipe="gptq" searches no scales: leave out propagate_error and n_grid, got'
+    ):
+        mbq_config([], recipe="gptq", n_grid=5)
 
 
 def test_torchao_refuses_a_calibration_config(model: nn.Module) -> None:

@@ -246,7 +246,8 @@ def quantize_losslessly(
     for quantizer in (W3A16Quantizer, W4A8Quantizer):
         monkeypatch.setattr(quantizer, "quantize", keep)
     monkeypatch.setattr("mbq_ao.pretrained.attach", lambda *args: None)  # no quantized weights to tell of
-    report = quantize_(model, mbq_config(batches, group_size=32, n_grid=4, **options), filter_fn, progress=False)
+    config = mbq_config(batches, **{"recipe": "best", "group_size": 32, "n_grid": 4, **options})
+    report = quantize_(model, config, filter_fn, progress=False)
     assert report is not None and any(g.alpha > 0 for g in report.groups)
     with torch.no_grad():
         after = model(**model_inputs(batches[0])).logits

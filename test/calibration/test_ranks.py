@@ -108,6 +108,8 @@ CASES = {
         {"family": "qwen2_vl", "propagate_error": True},
         {"recipe": "paper", "loss": "mse"},
         {"recipe": "smoothquant", "precision": "w4a8", "n_grid": 20},
+        {"recipe": "gptq", "balance": True, "n_grid": 20},
+        {"family": "qwen3_vl_moe", "recipe": "gptq", "precision": "w4a8", "n_grid": 20},
         {"balance": False},
         {"family": "mllama"},  # the image is another sequence than the text
         {"family": "qwen3_vl_moe", "propagate_error": True},
@@ -122,6 +124,7 @@ CASES = {
         {"family": "llama4", "precision": "w4a8"},
         {"number": 2},  # one rank has no batch of its own
         {"number": 2, "targets": "decoder+vision"},
+        {"number": 2, "targets": "decoder+vision", "recipe": "gptq", "n_grid": 20},
     ],
 }
 

@@ -93,7 +93,7 @@ def test_plot_of_scales_that_make_things_worse(report: CalibrationReport) -> Non
 @pytest.mark.filterwarnings("error")
 def test_a_report_without_groups(report: CalibrationReport) -> None:
     report.groups = []
-    assert str(report).splitlines()[2].startswith("5 linears: 40.0 MB")
+    assert str(report).startswith("5 linears: 40.0 MB")
     pytest.importorskip("matplotlib", reason="NEEDS MATPLOTLIB: the report's picture is not tested")
     report.plot()
 

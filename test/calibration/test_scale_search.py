@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mbq_ao import MBQInt3Tensor
 from mbq_ao.calibration import scale_search
-from mbq_ao.calibration.block import mean_abs
+from mbq_ao.calibration.activation_peaks import mean_abs
 from mbq_ao.calibration.capture import ModuleCall
 from mbq_ao.calibration.scale_search import (
     Example,

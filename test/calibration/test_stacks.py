@@ -41,9 +41,9 @@ def test_with_error_propagation_all_is_searched_behind_what_is_quantized(
     distorted: dict[str, list[Tensor]] = {}
     use = block.BlockCalibrator.use
 
-    def spy(self: block.BlockCalibrator, groups: Any, scales: Any) -> None:
+    def spy(self: block.BlockCalibrator, groups: Any, *found: Any) -> None:
         distorted[self.name] = [s.hidden if s.distorted is None else s.distorted for s in self.streams]
-        use(self, groups, scales)
+        use(self, groups, *found)
 
     monkeypatch.setattr(block.BlockCalibrator, "use", spy)
     model, data = build_model("qwen3_vl"), calib_data("qwen3_vl")

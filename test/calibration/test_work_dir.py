@@ -32,7 +32,14 @@ from mbq_ao.calibration import block, mbq, work_dir
 
 NUM_LAYERS = 3
 STEPS = ["run", "sensitivity", *(f"block_{i:04}" for i in range(NUM_LAYERS))]
-KINDS = [(precision, propagate_error) for precision in ("w3a16", "w4a8") for propagate_error in (False, True)]
+KINDS: dict[str, dict[str, Any]] = {
+    "w3a16": {},
+    "w3a16 propagated": {"propagate_error": True},
+    "w4a8": {"precision": "w4a8"},
+    "w4a8 propagated": {"precision": "w4a8", "propagate_error": True},
+    "gptq": {"recipe": "gptq", "balance": True, "n_grid": 20},
+}
+each_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 LAYERS = "model.language_model.layers"
 
 
@@ -106,10 +113,9 @@ def test_killed_around_a_rename(function: str, call: int, num_resumed: int, tmp_
     assert not list(tmp_path.glob("*.partial"))
 
 
-@pytest.mark.parametrize(("precision", "propagate_error"), KINDS)
-def test_killed_at_random_points(precision: str, propagate_error: bool, tmp_path: Path) -> None:
+@each_kind
+def test_killed_at_random_points(options: dict[str, Any], tmp_path: Path) -> None:
     """Three times in one folder, at any time; then a call that is left alone."""
-    options = {"precision": precision, "propagate_error": propagate_error}
     for _ in range(3):
         process = started(tmp_path, options)
         process.join(random.uniform(0.1, 0.7))
@@ -122,25 +128,23 @@ def test_killed_at_random_points(precision: str, propagate_error: bool, tmp_path
     assert_same(calibrated(tmp_path, **options), uninterrupted(**options), num_resumed)
 
 
-@pytest.mark.parametrize(("precision", "propagate_error"), KINDS)
-def test_finished_before(
-    precision: Any, propagate_error: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@each_kind
+def test_finished_before(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same call finishes from the folder: nothing is searched, and no gradient is computed."""
-    options = {"precision": precision, "propagate_error": propagate_error}
     assert_same(calibrated(tmp_path, **options), uninterrupted(**options), 0)
     assert sorted(os.listdir(tmp_path)) == sorted(["mbq_ao.lock", *(f"{step}.safetensors" for step in STEPS)])
     monkeypatch.delattr(block.BlockCalibrator, "search")
     monkeypatch.delattr(mbq, "modality_sensitivity")
+    monkeypatch.delattr(mbq, "fit_weights")
     result = calibrated(tmp_path, **options)
     assert_same(result, uninterrupted(**options), NUM_LAYERS)
     assert "layers taken from work_dir: 3" in result[1].summary()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("precision", "propagate_error"), KINDS)
-def test_finished_before_on_a_gpu(precision: str, propagate_error: bool, tmp_path: Path) -> None:
-    options = {"precision": precision, "propagate_error": propagate_error, "device": "cuda"}
+@each_kind
+def test_finished_before_on_a_gpu(options: dict[str, Any], tmp_path: Path) -> None:
+    options = options | {"device": "cuda"}
     first = calibrated(tmp_path, **options)
     (tmp_path / "block_0001.safetensors").unlink()
     assert_same(calibrated(tmp_path, **options), first, NUM_LAYERS - 1)

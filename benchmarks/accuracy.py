@@ -1,0 +1,123 @@
+"""Accuracy of quantized vision-language models: every method on the same model, calibration data and questions.
+
+    python benchmarks/accuracy.py --bed shapes --precision w3a16 --methods all --seeds 0 1 2
+    python benchmarks/accuracy.py --bed shapes --precision w3a16 --split test --table
+
+The second writes what has been measured to results/accuracy_*.{json,md}. A run (bed, precision, method, seed) is kept
+in benchmarks/accuracy_runs/ question by question and not repeated, so that a long comparison may be made in parts. Of
+each: accuracy, negative log-likelihood of the replies and KL divergence to full precision in nats a reply, flips, nats
+a token of plain text (which calibration on images must not damage), and the seconds it took. Methods are compared on
+the same questions, draw by draw of the calibration data; standard errors are over the draw of images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from accuracy_bed.beds import BEDS, plain_text
+from accuracy_bed.exam import Exam, Scores
+from accuracy_bed.methods import METHODS, quantize
+from accuracy_bed.table import FULL_PRECISION, load_runs, markdown, summary
+from small_vlm import device_name
+
+RUNS = Path(__file__).resolve().parent / "accuracy_runs"
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def folder_of(options: argparse.Namespace) -> Path:
+    kind = options.precision if options.precision == "w4a8" else f"{options.precision}g{options.group_size}"
+    return (
+        options.runs
+        / options.bed
+        / kind
+        / f"{options.split}{options.images or ''}_n{options.samples}_texts{options.texts}"
+    )
+
+
+def run_path(options: argparse.Namespace, method: str, seed: int) -> Path:
+    name = method.replace(" ", "_").replace(",", "").replace("+", "plus")
+    return folder_of(options) / f"{name}_seed{seed}.pt"
+
+
+def keep(path: Path, scores: Scores, **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save({**vars(scores), **more}, partial)
+    partial.replace(path)
+
+
+def measure(options: argparse.Namespace) -> None:
+    torch.set_num_threads(options.threads)
+    wanted = [(m, s) for s in options.seeds for m in options.methods if not run_path(options, m, s).exists()]
+    if not wanted:
+        return
+    bed = BEDS[options.bed]
+    model, processor = bed.build()
+    exam = Exam.of(model, processor, bed.rows(options.split), options.images, plain_text(processor))
+    about = {"device": device_name("cpu"), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    reference = run_path(options, FULL_PRECISION, 0)
+    if not reference.exists():
+        keep(reference, exam.take(model), method=FULL_PRECISION, seed=0, seconds=0.0, **about)
+    for method, seed in wanted:
+        quantized = copy.deepcopy(model)
+        calib = bed.calibration(processor, options.samples, seed, options.texts)
+        began = time.perf_counter()
+        quantize(quantized, METHODS[method], options.precision, options.group_size, calib)
+        seconds = time.perf_counter() - began
+        scores = exam.take(quantized)
+        keep(run_path(options, method, seed), scores, method=method, seed=seed, seconds=seconds, **about)
+        shown = {k: round(v, 4) for k, v in scores.summary().items()}
+        print(json.dumps({"method": method, "seed": seed, **shown, "text": scores.text_nll, "s": seconds}), flush=True)
+
+
+def write_table(options: argparse.Namespace) -> None:
+    runs = load_runs(folder_of(options))
+    name = "_".join(["accuracy", *folder_of(options).relative_to(options.runs).parts])
+    number, images = len(runs[0].of("nll")), len(set(runs[0].runs[0]["image_ids"]))
+    kept = {k: v for k, v in vars(options).items() if k not in ("methods", "seeds", "table", "threads", "runs")}
+    about = {k: runs[-1].runs[-1][k] for k in ("device", "torch", "date")}
+    text = json.dumps({**kept, "questions": number, "num_images": images, **about, "rows": summary(runs)}, indent=1)
+    (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+    note = f"{number} questions about {images} images; {', '.join(map(str, about.values()))}"
+    (RESULTS / f"{name}.md").write_text(f"{markdown(runs)}\n\n{note}\n", encoding="utf-8")
+    print(f"{markdown(runs)}\n\n{note}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bed", choices=list(BEDS), default="shapes")
+    parser.add_argument("--precision", choices=("w3a16", "w2a16", "w4a8"), default="w3a16")
+    parser.add_argument("--group-size", type=int, default=64, help="of w3a16 and w2a16; w4a8 has one scale a row")
+    parser.add_argument("--methods", nargs="+", default=["all"], choices=["all", *METHODS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="draws of calibration pairs")
+    parser.add_argument("--samples", type=int, default=16, help="calibration pairs")
+    parser.add_argument("--texts", type=int, default=0, help="calibration samples of plain text beside them")
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--images", type=int, help="that are asked about; default: all of the split")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder for the runs")
+    parser.add_argument("--table", action="store_true", help="measure nothing; write what has been measured")
+    options = parser.parse_args()
+    if options.methods == ["all"]:
+        options.methods = list(METHODS)
+    if options.table:
+        write_table(options)
+    else:
+        measure(options)
+
+
+if __name__ == "__main__":
+    main()

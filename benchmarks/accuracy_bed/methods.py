@@ -1,0 +1,108 @@
+"""What is compared: each method is a Recipe and a few settings, all through the library's own calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbq_ao import mbq_config
+from mbq_ao.calibration.mbq import calibrate
+from mbq_ao.calibration.settings import RECIPES, CalibrationSettings, Fit, Recipe
+from mbq_ao.quant_primitives import choose_qparams_affine, fake_quantize_affine
+
+SCALES = RECIPES["best"]
+PLAIN = replace(SCALES, scaled=False)
+
+
+@dataclass(frozen=True)
+class Method:
+    recipe: Recipe
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+METHODS = {
+    "RTN": Method(PLAIN),
+    "AWQ-like": Method(SCALES, {"balance": False, "loss": "mse"}),
+    "AWQ-like, MAE": Method(SCALES, {"balance": False}),
+    "AWQ-like, grid": Method(replace(SCALES, search_grid=True), {"balance": False, "loss": "mse"}),
+    "SmoothQuant": Method(RECIPES["smoothquant"], {"balance": False}),
+    "GPTQ": Method(replace(PLAIN, compensated=True), {"balance": False}),
+    "GPTQ, act order": Method(replace(PLAIN, compensated=True, act_order=True), {"balance": False}),
+    "grid": Method(replace(PLAIN, search_grid=True), {"balance": False}),
+    "MBQ paper": Method(RECIPES["paper"]),
+    "MBQ": Method(SCALES),
+    "MBQ, MSE": Method(SCALES, {"loss": "mse"}),
+    "MBQ, distorted": Method(SCALES, {"propagate_error": True}),
+    "wGPTQ": Method(replace(PLAIN, compensated=True)),
+    "wGPTQ, act order": Method(replace(PLAIN, compensated=True, act_order=True)),
+    "wGPTQ, grid": Method(replace(PLAIN, compensated=True, search_grid=True)),
+    **{f"wGPTQ, shrink {x}": Method(replace(PLAIN, compensated=True, shrinkage=x)) for x in (0.05, 0.2, 0.5)},
+    **{
+        f"wGPTQ, grid, shrink {x}": Method(replace(PLAIN, compensated=True, search_grid=True, shrinkage=x))
+        for x in (0.05, 0.2, 0.5)
+    },
+    "MBQ + wGPTQ, grid, shrink 0.2": Method(replace(SCALES, compensated=True, search_grid=True, shrinkage=0.2)),
+    "wGPTQ, grid, drift, shrink 0.2": Method(
+        replace(PLAIN, compensated=True, search_grid=True, corrects_drift=True, shrinkage=0.2)
+    ),
+    "wGPTQ, r^2": Method(replace(PLAIN, compensated=True, sensitivity_power=2)),
+    "wGPTQ, r^.5": Method(replace(PLAIN, compensated=True, sensitivity_power=0.5)),
+    "GPTQ, drift": Method(
+        replace(PLAIN, compensated=True, corrects_drift=True, sensitivity_power=0), {"balance": False}
+    ),
+    "wGPTQ, drift": Method(replace(PLAIN, compensated=True, corrects_drift=True)),
+    "wGPTQ, drift, grid": Method(replace(PLAIN, compensated=True, corrects_drift=True, search_grid=True)),
+    "MBQ + grid": Method(replace(SCALES, search_grid=True)),
+    "MBQ + GPTQ": Method(replace(SCALES, compensated=True, sensitivity_power=0)),
+    "MBQ + wGPTQ": Method(replace(SCALES, compensated=True)),
+    "MBQ + wGPTQ, act order": Method(replace(SCALES, compensated=True, act_order=True)),
+    "MBQ + wGPTQ, grid": Method(replace(SCALES, compensated=True, search_grid=True)),
+    "AWQ-like + GPTQ": Method(replace(SCALES, compensated=True), {"balance": False, "loss": "mse"}),
+}
+
+
+@dataclass(frozen=True)
+class FakeQuantizer:
+    """Weights of `num_bits` on an asymmetric grid that stay plain tensors: the packed tensor's values, served fast."""
+
+    num_bits: int
+    group_size: int
+
+    def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
+        if s is None:
+            return fake_quantize_affine(weight, group_size=self.group_size, num_bits=self.num_bits)
+        return fake_quantize_affine(weight * s, group_size=self.group_size, num_bits=self.num_bits) / s
+
+    quantize = stand_in
+
+    def fit(self, weights: Sequence[Tensor], s: Tensor | None, fit: Fit) -> list[Tensor]:
+        w = torch.cat(list(weights)) if s is None else torch.cat(list(weights)) * s
+
+        def choose(columns: Tensor) -> tuple[Tensor, ...]:
+            return choose_qparams_affine(columns, group_size=self.group_size, num_bits=self.num_bits)
+
+        rounded, grid = fit(w, s, choose, self.num_bits, self.group_size)
+        scale, zero = (p.float().repeat_interleave(self.group_size, 1)[:, : w.shape[1]] for p in grid)
+        rounded = (rounded / scale).round_().add_(zero).clamp_(0, 2**self.num_bits - 1).sub_(zero).mul_(scale)
+        return list((rounded if s is None else rounded / s).split([len(x) for x in weights]))
+
+
+def settings_for(
+    method: Method, precision: str, group_size: int, calib: list[dict[str, Tensor]]
+) -> CalibrationSettings:
+    """precision: "w3a16", "w2a16" or "w4a8" (one scale a row)."""
+    config = mbq_config(calib, precision="w4a8" if precision == "w4a8" else "w3a16", **method.settings)
+    settings = replace(config.settings(), recipe=method.recipe)
+    if precision == "w4a8":
+        return settings
+    return replace(settings, quantizer=FakeQuantizer(int(precision[1]), group_size))
+
+
+def quantize(model: nn.Module, method: Method, precision: str, group_size: int, calib: list[dict[str, Tensor]]) -> None:
+    """In place."""
+    plan, _ = calibrate(model, calib, settings_for(method, precision, group_size, calib), progress=False)
+    plan.apply(model)

@@ -1,0 +1,97 @@
+"""What the runs of benchmarks/accuracy.py say: means over the draws of calibration data, and paired differences."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mbq_ao.evaluation.answers import clustered_standard_error
+
+FULL_PRECISION = "full precision"
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Of one method on one bed: a run for each draw of the calibration data. Values are per question, (Q,)."""
+
+    method: str
+    seeds: list[int]
+    runs: list[dict[str, Any]]
+
+    def of(self, name: str) -> Tensor:
+        """(Q,) mean over the draws of "nll", "kl" or "correct"."""
+        return torch.stack([run[name] for run in self.runs]).mean(0)
+
+    def mean(self, name: str) -> float:
+        return float(self.of(name).mean())
+
+    def spread(self, name: str) -> float | None:
+        """Standard deviation of the mean over the draws; None for one draw."""
+        means = [float(run[name].mean()) for run in self.runs]
+        return statistics.stdev(means) if len(means) > 1 else None
+
+    def standard_error(self, name: str) -> float:
+        """Over the draw of images."""
+        return clustered_standard_error(self.of(name).tolist(), self.runs[0]["image_ids"])
+
+    def difference(self, other: Runs, name: str) -> tuple[float, float]:
+        """Mean of self - other on the same questions, and its standard error over the draw of images."""
+        values = self.of(name) - other.of(name)
+        return float(values.mean()), clustered_standard_error(values.tolist(), self.runs[0]["image_ids"])
+
+    def flips(self, reference: Runs) -> float:
+        """Questions a draw that the reference answers rightly and this method wrongly."""
+        right = reference.of("correct") == 1
+        return statistics.fmean(float((right & (run["correct"] == 0)).sum()) for run in self.runs)
+
+    def text_nll(self) -> float:
+        return statistics.fmean(run["text_nll"] for run in self.runs)
+
+
+def load_runs(folder: Path) -> list[Runs]:
+    """All methods in a folder of runs, full precision first."""
+    found: dict[str, dict[int, Any]] = {}
+    for path in sorted(folder.glob("*.pt")):
+        run = torch.load(path, weights_only=True)
+        found.setdefault(run["method"], {})[run["seed"]] = run
+    runs = [Runs(method, list(by_seed), list(by_seed.values())) for method, by_seed in found.items()]
+    return sorted(runs, key=lambda r: (r.method != FULL_PRECISION, -r.mean("nll")))
+
+
+def summary(runs: Sequence[Runs]) -> list[dict[str, Any]]:
+    """A row a method, for JSON: nats a reply, shares, and nats a token of plain text."""
+    reference = next(r for r in runs if r.method == FULL_PRECISION)
+    rows = []
+    for r in runs:
+        row: dict[str, Any] = {"method": r.method, "seeds": r.seeds}
+        for name in ("nll", "kl", "correct"):
+            row[name] = r.mean(name)
+            row[f"{name}_spread"] = r.spread(name)
+            row[f"{name}_standard_error"] = r.standard_error(name)
+        row |= {"flips": r.flips(reference), "text_nll": r.text_nll()}
+        row["seconds"] = statistics.median(run["seconds"] for run in r.runs)
+        rows.append(row)
+    return rows
+
+
+def markdown(runs: Sequence[Runs]) -> str:
+    """± is over draws of the calibration data, in brackets the standard error over images."""
+    lines = [
+        "| method | answer NLL | KL to full precision | accuracy % | right -> wrong | text NLL |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in summary(runs):
+        spread = "" if row["nll_spread"] is None else f" ± {row['nll_spread']:.4f}"
+        lines.append(
+            f"| {row['method']} | {row['nll']:.4f}{spread} ({row['nll_standard_error']:.4f}) "
+            f"| {row['kl']:.4f} ({row['kl_standard_error']:.4f}) "
+            f"| {100 * row['correct']:.2f} ({100 * row['correct_standard_error']:.2f}) "
+            f"| {row['flips']:.1f} | {row['text_nll']:.3f} |"
+        )
+    return "\n".join(lines)

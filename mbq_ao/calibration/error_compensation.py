@@ -1,0 +1,137 @@
+"""Round a weight column by column, and let the columns that follow make up for each one's error (GPTQ).
+
+    argmin_Q  sum_t w_t |(W - Q) x_t|^2  =  tr (W - Q) H (W - Q)^T          H = sum_t w_t x_t x_t^T
+
+Q on the grid of the weight's tensor. Frantar et al., arXiv 2210.17323, in the form with the upper Cholesky factor U of
+the inverse, H^-1 = U^T U: column j is rounded, and what it lost, divided by U_jj, is taken off the columns k > j in
+proportion to U_jk. A group's grid is chosen when its first column is reached, from what the weight is by then.
+
+The weight w_t of a token is the modality's (r on a vision token, 1 on a text token), so that the error which remains
+lies where the loss does not feel it. With w = 1 this is GPTQ as published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Grid = tuple[Tensor, ...]  # of each group: scale, and zero point if there is one
+_COLUMNS = 128  # that are rounded before what they lost reaches the rest of the weight
+_SHRINKS = [1 - i / 40 for i in range(25)]  # of a group's range: 1 .. 0.4
+
+
+@dataclass(frozen=True)
+class GridOf:
+    """How a tensor's grid is chosen, and what it is.
+
+    choose: (N, K) fp32 -> the grid of each of its groups, (N, groups) each.  searched: try narrower ranges, too, and
+    keep for each group the one with the least error, each column counting by its own input's size alone.
+    """
+
+    choose: Callable[[Tensor], Grid]
+    num_bits: int
+    group_size: int
+    searched: bool = False
+
+    def of(self, w: Tensor, importance: Tensor) -> Grid:
+        """The grids of whole groups.  w: (N, columns) fp32.  importance: (columns,) diagonal of H."""
+        if not self.searched:
+            return self.choose(w)
+        groups = w.split(self.group_size, 1)
+        return tuple(
+            torch.cat(parts, 1)
+            for parts in zip(
+                *map(self._search, groups, importance.split(self.group_size)),
+                strict=True,
+            )
+        )
+
+    def _search(self, w: Tensor, importance: Tensor) -> Grid:
+        low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
+        best: Grid = ()
+        least = torch.full_like(low, torch.inf)
+        for shrink in _SHRINKS:
+            grid = self.choose(w.clamp(low * shrink, high * shrink))
+            scale, zero = self.scale_and_zero(grid)
+            error = ((w - round_to_grid(w, scale, zero, self.num_bits)).square_() @ importance)[:, None]
+            better = error < least
+            least = torch.where(better, error, least)
+            best = tuple(torch.where(better, new, old) for new, old in zip(grid, best or grid, strict=True))
+        return best
+
+    def scale_and_zero(self, grid: Grid) -> tuple[Tensor, Tensor]:
+        """In fp32. A symmetric grid is the asymmetric one with its zero in the middle."""
+        scale = grid[0].float()
+        return scale, grid[1].float() if len(grid) > 1 else torch.full_like(scale, 2 ** (self.num_bits - 1))
+
+
+def round_to_grid(w: Tensor, scale: Tensor, zero: Tensor, num_bits: int) -> Tensor:
+    """The nearest points of the grid, as weights."""
+    return (w / scale).round_().add_(zero).clamp_(0, 2**num_bits - 1).sub_(zero).mul_(scale)
+
+
+def compensate(
+    weight: Tensor, hessian: Tensor, grid_of: GridOf, *, act_order: bool = False, damping: float = 0.01
+) -> tuple[Tensor, Grid]:
+    """The weight on its grid, (N, K) fp32, and the grid, (N, groups) each.
+
+    weight: (N, K) fp32.  hessian: (K, K) fp32; it is overwritten.  act_order: round the columns with the largest inputs
+    first, while the others can still make up for all of it; all grids are then chosen beforehand.  damping: share of
+    the mean of H's diagonal that is added to the diagonal.
+    Raises ValueError if the hessian is not finite.
+    """
+    k, g = weight.shape[1], grid_of.group_size
+    importance = hessian.diagonal().clone()
+    order = torch.arange(k, device=weight.device)
+    if act_order:
+        order = importance.argsort(descending=True)
+        hessian = hessian[order][:, order]
+    factor = _inverse_factor(hessian, damping)
+    w = weight.T[order]  # columns in a row of memory
+    rounded = torch.empty_like(w)
+    grids = list(map(tuple, zip(*(p.split(1, 1) for p in grid_of.of(weight, importance)), strict=True)))
+    group_of = (order // g).tolist()
+    step = _COLUMNS if act_order or g % _COLUMNS == 0 or g >= k else min(g, _COLUMNS)
+    for start in range(0, k, step):
+        end = min(start + step, k)
+        if not act_order and start % g == 0:
+            columns = slice(start, start + g)
+            grids[start // g] = grid_of.of(w[columns].T, importance[columns])
+        scales = [[p.flatten() for p in grid_of.scale_and_zero(grid)] for grid in grids]
+        lost = torch.empty_like(w[start:end])
+        for j in range(start, end):
+            scale, zero = scales[group_of[j]]
+            q = round_to_grid(w[j], scale, zero, grid_of.num_bits)
+            rounded[j] = q
+            torch.sub(w[j], q, out=lost[j - start]).div_(factor[j, j])
+            w[j + 1 : end].addr_(factor[j, j + 1 : end], lost[j - start], alpha=-1)
+        w[end:].addmm_(factor[start:end, end:].T, lost, alpha=-1)
+    result = torch.empty_like(rounded)
+    result[order] = rounded
+    return result.T.contiguous(), tuple(torch.cat(parts, 1) for parts in zip(*grids, strict=True))
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """U, upper triangular, with U^T U = (H + damping * mean(diag H))^-1. H is overwritten: three of its size, of 3.5 GB
+    for the widest layers of a 72B model, are held at a time.
+
+    Channels that are always zero would make H singular; they have nothing to make up for, nor anything to do it with.
+    """
+    if not hessian.isfinite().all():
+        raise ValueError("the inputs of the layer hold NaN or infinite values")
+    diagonal = hessian.diagonal()
+    silent = diagonal == 0
+    diagonal[silent] = 1
+    added = damping * diagonal[~silent].mean() if (~silent).any() else damping
+    for _ in range(8):
+        diagonal += added
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            if not failed:
+                return factor
+        added *= 4  # few tokens, or nearly parallel ones
+    raise ValueError("the inputs of the layer are too nearly parallel to compensate for rounding")

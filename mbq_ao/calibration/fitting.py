@@ -1,0 +1,210 @@
+"""Fit a block's quantized weights to their inputs: grids, and rounding that makes up for its own errors.
+
+The linears are taken in the order in which they run, those together that read the same x. Each set sees its inputs as
+it will at serving time: behind the quantized blocks before and the linears of this block that were fitted before it.
+What a weight needs to know of them is one matrix (error_compensation.py),
+
+    H = sum_t w_t x_t x_t^T            w_t: r on a vision token, 1 on a text token, 0 on padding
+
+for an expert over its own tokens. With corrects_drift it is fitted to what the unquantized model computes from its own
+inputs x', not from x: before it is rounded it becomes the nearest weight that makes up for the difference,
+
+    argmin_V  sum_t w_t |W x'_t - V x_t|^2 + d |W - V|^2  =  W (sum_t w_t x'_t x_t^T + d) (H + d)^-1
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbq_ao.calibration.block import BlockCalibrator
+from mbq_ao.calibration.capture import hooked, input_in
+from mbq_ao.calibration.error_compensation import Grid, GridOf, compensate
+from mbq_ao.calibration.fold import activation_scales, folded_parameters
+from mbq_ao.calibration.ranks import Ranks
+from mbq_ao.calibration.residency import Placement
+from mbq_ao.calibration.routing import common, expert_rows
+from mbq_ao.calibration.settings import Recipe
+
+# Of each batch that this rank runs: x (n, in_features); x' - x, or nothing (n, 0); w (n,) fp32.
+Inputs = list[tuple[Tensor, Tensor, Tensor]]
+_SLAB = 1024  # rows of H that are in double precision at a time
+_RIDGE = 0.01  # d, as a share of the mean of H's diagonal
+
+
+@torch.no_grad()
+def fit_weights(worker: BlockCalibrator, measured_at: Mapping[str, str]) -> dict[str, Tensor]:
+    """The quantized weights of a block's linears whose inputs are seen, by name; the block is not changed.
+
+    worker: with its scales found.  measured_at: linear -> where its sensitivity was measured.
+    """
+    recipe, quantizer = worker.settings.recipe, worker.settings.quantizer
+    folded = folded_parameters(worker.block, worker.scalings)
+    pre_scaled = activation_scales(worker.scalings)
+    fitted: dict[str, Tensor] = {}
+    for names in worker.ranks.on_one(lambda: _reading_together(worker)):
+        ratio = worker.ratios.get(measured_at.get(names[0], ""))
+        vision = 1.0 if ratio is None else ratio**recipe.sensitivity_power
+        served = folded | {f"{name}.weight": value for name, value in fitted.items()}
+        for readers, inputs in _inputs(worker, names, folded, served, vision):
+            moments = _moments(inputs, worker.ranks, worker.placement)
+            if moments is None:
+                continue  # an expert that no token was sent to
+            weights = [folded.get(f"{n}.weight", worker.linears[n].weight.detach()) for n in readers]
+            try:
+                found = quantizer.fit(weights, pre_scaled.get(readers[0]), partial(_fit, recipe, *moments))
+            except ValueError as error:
+                raise ValueError(f"{worker.name}, {', '.join(readers)}: {error}") from error
+            fitted |= dict(zip(readers, found, strict=True))
+    return fitted
+
+
+def _fit(
+    recipe: Recipe,
+    hessian: Tensor,
+    drift: Tensor,
+    weight: Tensor,
+    s: Tensor | None,
+    choose: Callable[[Tensor], Grid],
+    num_bits: int,
+    group_size: int,
+) -> tuple[Tensor, Grid]:
+    if s is not None:
+        for moment in (hessian, drift):
+            moment.div_(s[: len(moment), None]).div_(s)
+    if recipe.shrinkage:
+        diagonal = hessian.diagonal().clone()
+        hessian.mul_(1 - recipe.shrinkage).diagonal().copy_(diagonal)
+    if recipe.corrects_drift:
+        weight = weight + _correction(weight, hessian, drift)
+    grid_of = GridOf(choose, num_bits, group_size, recipe.search_grid)
+    if not recipe.compensated:
+        return weight, grid_of.of(weight, hessian.diagonal())
+    return compensate(weight, hessian, grid_of, act_order=recipe.act_order)
+
+
+def _reading_together(worker: BlockCalibrator) -> list[list[str]]:
+    """The linears in the order of their first calls: those together that read the same x, and all experts of a
+    parameter."""
+    of_parameter = [[n for n in e.linear_names() if n in worker.linears] for e in worker.experts.values()]
+    experts = {name: names for names in of_parameter for name in names}
+    read: list[tuple[Tensor, list[str]]] = []
+    seen: set[str] = set()
+
+    def record(name: str, module: nn.Module, args: Any) -> None:
+        if name in seen:
+            return
+        if name in experts:
+            read.append((args[0], experts[name]))
+        elif read and args[0] is read[-1][0] and read[-1][1][0] not in experts:
+            read[-1][1].append(name)
+        else:
+            read.append((args[0], [name]))
+        seen.update(read[-1][1])
+
+    hooks = (module.register_forward_pre_hook(partial(record, name)) for name, module in worker.linears.items())
+    with hooked(hooks):
+        worker.call(worker.streams[0], distorted=False).run(worker.block)
+    return [names for _, names in read]
+
+
+def _inputs(
+    worker: BlockCalibrator, names: list[str], folded: dict[str, Tensor], served: dict[str, Tensor], vision: float
+) -> Iterator[tuple[list[str], Inputs]]:
+    """What linears that are fitted together read, all of them the same, or each expert of a parameter its own.
+
+    folded, served: the block's parameters, unquantized and as far as they are fitted. vision: weight of a vision token.
+    """
+    keep, drifts = worker.placement.keep, worker.settings.recipe.corrects_drift
+    parameter = next((e for e in worker.experts.values() if names[0] in e.linear_names()), None)
+    inputs: Inputs = []
+    if parameter is None:
+        for i, stream in enumerate(worker.streams):
+            x = input_in(worker.call(stream, distorted=True), worker.block, names[0], served)
+            drift = x.new_empty(len(x), 0)
+            if drifts:
+                drift = input_in(worker.call(stream, distorted=False), worker.block, names[0], folded) - x
+            inputs.append(keep((x, drift, _token_weights(worker, i, vision, x))))
+        yield names, inputs
+        return
+    record = partial(expert_rows, worker.block, experts=list(worker.experts.values()), wanted=parameter)
+    rows = []
+    for stream in worker.streams:
+        seen = record(worker.call(stream, distorted=True), served, with_shares=False)
+        clean = record(worker.call(stream, distorted=False), folded, with_shares=False) if drifts else seen
+        of_batch = common(clean, seen) if clean and seen and drifts else (clean, seen)
+        rows.append(tuple(found and found.kept(worker.placement) for found in of_batch))
+    if any(r is None for r in worker.ranks.gather([seen and 0 for _, seen in rows])):
+        return  # it cannot be told whose the rows are
+    for e, name in enumerate(parameter.linear_names()):
+        if name not in names:
+            continue
+        for i, (clean, seen) in enumerate(rows):
+            x = seen.x[e]
+            drift = clean.x[e] - x if drifts else x.new_empty(len(x), 0)
+            inputs.append(keep((x, drift, _token_weights(worker, i, vision, x, seen.tokens[e]))))
+        yield [name], inputs
+        inputs = []
+
+
+def _token_weights(worker: BlockCalibrator, i: int, vision: float, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+    """Of each row of x (n, K), (n,) fp32.  i: which of this rank's batches.  tokens: (n,) the rows' tokens."""
+    if worker.masks is None:
+        return torch.ones(len(x), device=x.device)
+    counted, is_vision = (worker.ranks.mine(m)[i].flatten() for m in (worker.masks.counted, worker.masks.vision))
+    weight = torch.where(is_vision, vision, counted.float()).to(x.device)
+    if tokens is not None:
+        return weight[tokens]
+    # Of another sequence than the text (the image that cross-attention reads) every token counts.
+    return weight if len(weight) == len(x) else torch.ones(len(x), device=x.device)
+
+
+def _moments(inputs: Inputs, ranks: Ranks, placement: Placement) -> tuple[Tensor, Tensor] | None:
+    """H = sum_t w_t x_t x_t^T and sum_t w_t (x'_t - x_t) x_t^T, fp32, (in_features, in_features) each; None if there
+    is no token. Of the second there are no rows where the drift is not recorded.
+
+    A batch's sum is rounded to a fixed point that all batches have in common, and those are added as integers: however
+    they are shared out among ranks, the result is the same to the last bit.
+    """
+    largest, number = 0.0, 0
+    for of_largest, of_number in ranks.gather([_extent(*placement.fetch(of_batch)) for of_batch in inputs]):
+        largest, number = largest + of_largest, number + of_number
+    if not number:
+        return None
+    if not math.isfinite(largest):
+        raise ValueError("NaN or infinite values in the activations")
+    exponent = 61 - math.frexp(largest)[1]  # no entry exceeds the sum of the batches' largest
+    (x, drift, _), *_ = inputs
+    total = torch.zeros(x.shape[1] + drift.shape[1], x.shape[1], dtype=torch.long, device=placement.device or x.device)
+    for of_batch in ranks.own(inputs):
+        x, drift, weight = placement.fetch(of_batch)
+        rows, x = torch.cat([x, drift], 1).float().T * weight, x.float()
+        # Slab by slab, as H may be a large part of what the device holds.
+        for slab, sums in zip(rows.split(_SLAB), total.split(_SLAB), strict=True):
+            sums += (slab @ x).double().ldexp_(torch.tensor(exponent, device=x.device)).round_().long()
+    total = ranks.add_up(total)
+    unit = torch.tensor(-exponent, device=total.device)
+    moments = torch.cat([sums.double().ldexp_(unit).float() for sums in total.split(_SLAB)])
+    hessian, of_drift = moments.split([moments.shape[1], len(moments) - moments.shape[1]])
+    return hessian, of_drift
+
+
+def _extent(x: Tensor, drift: Tensor, weight: Tensor) -> tuple[float, int]:
+    """What no entry of the batch's moments exceeds, and how many tokens have a weight."""
+    number = int(weight.count_nonzero())
+    if not number:
+        return 0.0, 0
+    columns = torch.cat([x, drift], 1).float().square_().mul_(weight[:, None]).sum(0)
+    return float(columns.max()), number
+
+
+def _correction(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
+    """What makes up for the drift of the inputs, (N, K), to be added to the weight."""
+    h = hessian.clone()
+    h.diagonal().add_(_RIDGE * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny))
+    return torch.cholesky_solve((weight @ drift).T, torch.linalg.cholesky(h)).T

