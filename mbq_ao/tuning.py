@@ -8,6 +8,7 @@ how a layer is met while decoding: with its weight in memory. A time is the medi
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -20,6 +21,7 @@ from tqdm.auto import tqdm
 
 from mbq_ao.fuse_linears import neighbours
 from mbq_ao.int3_tensor import MBQInt3Tensor
+from mbq_ao.kernels.checks import has_kernels
 from mbq_ao.kernels.int3_layout import packed_shape
 
 if TYPE_CHECKING:
@@ -50,19 +52,20 @@ def tune(
     Linears that fuse_linears_ laid together are tuned as one, too, in the groups that it made.
     Raises ValueError if the model has no 3-bit weight, or has them on a device that the kernels do not run on.
     """
-    from mbq_ao.kernels import choice
-    from mbq_ao.kernels.int3_linear import run_choice
-    from mbq_ao.kernels.launch import interpreted
-
     weights = {id(m.weight): m.weight for m in model.modules() if isinstance(getattr(m, "weight", None), MBQInt3Tensor)}
     devices = {w.device for w in weights.values()}
     if not weights:
         raise ValueError("tune needs a model with 3-bit weights, got none; call quantize_ first (W4A8 is not tuned)")
-    if len(devices) > 1 or not (interpreted() or next(iter(devices)).type == "cuda"):
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if len(devices) > 1 or not (interpreted or has_kernels(next(iter(devices)))):
         raise ValueError(
             f"tune measures kernels on one NVIDIA GPU, got 3-bit weights on {', '.join(map(str, devices))}; "
             'move the model with .to("cuda")'
         )
+    # Not before: without Triton these cannot be imported.
+    from mbq_ao.kernels import choice
+    from mbq_ao.kernels.int3_linear import run_choice
+
     (device,) = devices
     timer = timer or _cold_seconds
     sizes = [(*w.shape, w) for w in weights.values()] + list(_joined_sizes(model))

@@ -87,13 +87,18 @@ def test_import_is_silent_and_leaves_calibration_out() -> None:
 def test_import_without_triton() -> None:
     # None in sys.modules makes `import triton` raise ImportError.
     done = run_python(
-        "import sys; sys.modules['triton'] = None\n"
+        "import os, sys; sys.modules['triton'] = None; os.environ.pop('TRITON_INTERPRET', None)\n"
         "import torch, mbq_ao\n"
         "for kind in (mbq_ao.MBQInt3Tensor, mbq_ao.MBQW4A8Tensor):\n"
         "    w = kind.from_hp(torch.randn(8, 64), 64)\n"
-        "    print(tuple(torch.nn.functional.linear(torch.randn(2, 64), w).shape))"
+        "    print(tuple(torch.nn.functional.linear(torch.randn(2, 64), w).shape))\n"
+        "linear = torch.nn.Linear(64, 8)\n"
+        "linear.weight = torch.nn.Parameter(mbq_ao.MBQInt3Tensor.from_hp(linear.weight, 64), False)\n"
+        "try: mbq_ao.tune(linear)\n"
+        "except ValueError as error: print(str(error)[:41])"
     )
-    assert (done.returncode, done.stdout) == (0, "(2, 8)\n(2, 8)\n"), done.stderr
+    expected = "(2, 8)\n(2, 8)\ntune measures kernels on one NVIDIA GPU, \n"
+    assert (done.returncode, done.stdout) == (0, expected), done.stderr
 
 
 def test_import_takes_under_a_second_beyond_torch_and_torchao() -> None:
