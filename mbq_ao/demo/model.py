@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -94,13 +95,18 @@ def _quiet() -> Iterator[None]:
 def _gguf_read_once() -> Iterator[None]:
     """transformers reads the file anew for tokenizer, config and weights, and makes the table of names for each module.
 
-    Both take seconds and give the same, so inside the block they are done once.
+    Both take seconds and give the same, so inside the block they are done once. And the reader gets the mapped file as
+    a plain array: it takes a hundred thousand slices, each of which costs numpy several times as much of a memmap.
     """
     gguf: Any = importlib.import_module("gguf")
     names = ("GGUFReader", "get_tensor_name_map")
     originals = {name: getattr(gguf, name) for name in names}
-    for name, original in originals.items():
-        setattr(gguf, name, functools.cache(original))
+
+    class PlainReader(originals["GGUFReader"]):  # type: ignore[misc]
+        data = property(lambda self: self._data, lambda self, mapped: setattr(self, "_data", np.asarray(mapped)))
+
+    for name, function in (originals | {"GGUFReader": PlainReader}).items():
+        setattr(gguf, name, functools.cache(function))
     try:
         yield
     finally:
