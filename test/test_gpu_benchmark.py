@@ -45,6 +45,7 @@ def rows(results: dict, part: str) -> dict[str, list[dict]]:
     return {task["name"]: task["rows"] for task in results["parts"][part]}
 
 
+@pytest.mark.benchmark
 def test_every_task_of_every_part_is_done(smoke: tuple[dict, str]) -> None:
     results, markdown = smoke
     assert list(results["parts"]) == ["gate", "kernels", "cuts", "peers", "end_to_end"]
@@ -53,6 +54,7 @@ def test_every_task_of_every_part_is_done(smoke: tuple[dict, str]) -> None:
     assert results["seconds"] < 60 or os.getloadavg()[0] > 2, "a smoke run is to take less than a minute"
 
 
+@pytest.mark.benchmark
 def test_gate_checks_all_regimes(smoke: tuple[dict, str]) -> None:
     results, markdown = smoke
     verdict = results["verdict"]
@@ -68,6 +70,7 @@ def test_gate_checks_all_regimes(smoke: tuple[dict, str]) -> None:
     assert "## Correctness gate: W3A16 passed, W4A8 passed" in markdown
 
 
+@pytest.mark.benchmark
 def test_kernels_are_timed_at_every_shape(smoke: tuple[dict, str]) -> None:
     results, markdown = smoke
     (found,) = rows(results, "kernels").values()
@@ -85,6 +88,7 @@ def test_kernels_are_timed_at_every_shape(smoke: tuple[dict, str]) -> None:
         assert f"### {title}" in markdown
 
 
+@pytest.mark.benchmark
 def test_cuts_are_beside_the_default(smoke: tuple[dict, str]) -> None:
     results, markdown = smoke
     (found,) = rows(results, "cuts").values()
@@ -94,6 +98,7 @@ def test_cuts_are_beside_the_default(smoke: tuple[dict, str]) -> None:
     assert "| 16 x 128 | 1 | " in markdown
 
 
+@pytest.mark.benchmark
 def test_peers_are_timed_or_named(smoke: tuple[dict, str]) -> None:
     results, markdown = smoke
     found = rows(results, "peers")
@@ -106,6 +111,7 @@ def test_peers_are_timed_or_named(smoke: tuple[dict, str]) -> None:
             assert f"| {name} | missing: " in markdown or f"- {name} at " in markdown
 
 
+@pytest.mark.benchmark
 def test_whole_models_run_in_every_precision(smoke: tuple[dict, str]) -> None:
     results, markdown = smoke
     found = [task[0] | task[1] | task[2] for task in rows(results, "end_to_end").values()]
@@ -121,6 +127,7 @@ def test_whole_models_run_in_every_precision(smoke: tuple[dict, str]) -> None:
     assert "| Qwen2.5-VL-7B, image of 4 tokens: first token (vision and prompt) over bf16 | 1.2x |" in markdown
 
 
+@pytest.mark.benchmark
 def test_markdown_is_made_again_from_the_json(smoke: tuple[dict, str], tmp_path: Path) -> None:
     results, markdown = smoke
     path = tmp_path / "again.json"
@@ -144,6 +151,7 @@ def test_without_torchao_only_the_quantized_models_fail(tmp_path: Path) -> None:
     assert all("needs torchao, which cannot be imported here" in task["reason"] for task in failed)
 
 
+@pytest.mark.benchmark
 def test_a_wrong_kernel_is_not_timed_and_the_status_is_1(tmp_path: Path) -> None:
     """Without torchao, which neither the gate nor the kernels need."""
     output = tmp_path / "gpu.json"
