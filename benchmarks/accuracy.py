@@ -39,12 +39,8 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 def folder_of(options: argparse.Namespace) -> Path:
     kind = options.precision if options.precision == "w4a8" else f"{options.precision}g{options.group_size}"
-    return (
-        options.runs
-        / options.bed
-        / kind
-        / f"{options.split}{options.images or ''}_n{options.samples}_texts{options.texts}"
-    )
+    what = f"{options.split}{options.images or ''}_n{options.samples}_texts{options.texts}"
+    return options.runs / options.bed / kind / what
 
 
 def run_path(options: argparse.Namespace, method: str, seed: int) -> Path:
@@ -85,6 +81,8 @@ def measure(options: argparse.Namespace) -> None:
 
 def write_table(options: argparse.Namespace) -> None:
     runs = load_runs(folder_of(options))
+    if len(runs) < 2:
+        sys.exit(f"nothing to compare in {folder_of(options)}: measure first, with the same options but --table")
     name = "_".join(["accuracy", *folder_of(options).relative_to(options.runs).parts])
     number, images = len(runs[0].of("nll")), len(set(runs[0].runs[0]["image_ids"]))
     kept = {k: v for k, v in vars(options).items() if k not in ("methods", "seeds", "table", "threads", "runs")}

@@ -119,6 +119,7 @@ class PackedWeight(TorchAOBaseTensor, metaclass=_PackedWeightType):
         """A (N, K) weight, rounded to the nearest point of a grid as `_choose_grid` returns."""
         g = checked_group_size(w, group_size)
         act_pre_scale = checked_pre_scale(act_pre_scale, grid[0])
+        check_finite(w, grid[0])
         return cls(cls._pack(cls._round(w, grid, g)), *grid, [1, g], tuple(w.shape), act_pre_scale)
 
     @classmethod

@@ -84,6 +84,8 @@ class MBQConfig(AOBaseConfig):
         concerns = {"propagate_error": self.propagate_error, "n_grid": self.n_grid != MBQConfig.n_grid}
         if self.recipe == "smoothquant":
             concerns = {"balance": bool(self.balance), **concerns}
+        else:
+            concerns = {"scale_groups": self.scale_groups is not None, **concerns}
         if any(concerns.values()):
             *others, last = concerns
             raise ValueError(
@@ -211,7 +213,8 @@ def mbq_config(
         balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.
         "gptq" scales nothing either: columns make up for each other's rounding (Frantar et al., arXiv 2210.17323), each
         linear on what the quantized ones before it make of the same data. With balance=True vision tokens weigh r in
-        it, and text tokens 1. It is sensitive to the data: hundreds of samples, with text of the kind that matters.
+        it, and text tokens 1. Weights are fitted to calib_data more closely than by scales: what it lacks, such as
+        plain text, may suffer.
     balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens. None is
         True, and False for "smoothquant" and "gptq".
     loss: "mae" or "mse", the search's distance between outputs (the paper prefers mae).

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from packed_weights import (
     DTYPES,
     LINEAR_OPS,
+    G,
     K,
     Kind,
     N,
@@ -72,6 +73,9 @@ class TestQuantizing:
             kind.from_hp(w)
         with pytest.raises(ValueError, match="act_pre_scale holds values"):
             kind.from_hp(random_weight(), act_pre_scale=torch.full((K,), bad))
+        grid = kind._choose_grid(w, G, w.dtype)
+        with pytest.raises(ValueError, match="NaN or infinite"):
+            kind._from_grid(w, grid, G)
 
     @each_kind
     def test_gradients_do_not_hang_on_the_quantized_weight(self, kind: Kind) -> None:

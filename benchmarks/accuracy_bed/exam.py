@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from mbq_ao.demo.data import IGNORE, VqaRow, group_by_image
-from mbq_ao.demo.evaluate import clustered_standard_error
 from mbq_ao.demo.packing import PackedBatch, pack, packed_logits
+from mbq_ao.evaluation.answers import clustered_standard_error
 
 BATCH = 8  # images at once
 

@@ -32,6 +32,8 @@ METHODS = {
     "SmoothQuant": Method(RECIPES["smoothquant"], {"balance": False}),
     "GPTQ": Method(replace(PLAIN, compensated=True), {"balance": False}),
     "GPTQ, act order": Method(replace(PLAIN, compensated=True, act_order=True), {"balance": False}),
+    "GPTQ, grid": Method(replace(PLAIN, compensated=True, search_grid=True), {"balance": False}),
+    "GPTQ, shrink 0.2": Method(replace(PLAIN, compensated=True, shrinkage=0.2), {"balance": False}),
     "grid": Method(replace(PLAIN, search_grid=True), {"balance": False}),
     "MBQ paper": Method(RECIPES["paper"]),
     "MBQ": Method(SCALES),

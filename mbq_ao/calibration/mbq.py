@@ -4,7 +4,7 @@
     -> show experts as linears
     -> for each stack of blocks: run the model once, record how each block is called
        -> find the scale groups -> in the decoder, measure how sensitive the loss is to each modality
-       -> for each block and group: search the scale, plan the fold, quantize
+       -> for each block and group: search the scale, plan the fold, quantize (recipe="gptq": fit the rounding instead)
     -> check that folding alone leaves the logits unchanged -> put the plan into the model
 
 Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", arXiv 2412.19509.
@@ -24,9 +24,10 @@ Memory beyond the model, at the peak at most, where everything is computed where
     + in a mixture of experts 3.5 times the inputs of one parameter's experts: tokens, times experts a token, times its
       in_features
 
-(measured in test/calibration/test_memory.py). Of several stacks one at a time counts, with its own tokens. The
-sensitivity pass needs less: one hidden state a block and the activations of one block for one batch at a time, no
-weight gradients; and logits of the answers only.
+(measured in test/calibration/test_memory.py). recipe="gptq" has no targets and outputs, but holds 12 K^2 bytes for
+linears of K inputs. Of several stacks one at a time counts, with its own tokens. The sensitivity pass needs less: one
+hidden state a block and the activations of one block for one batch at a time, no weight gradients; and logits of the
+answers only.
 
 With another `device` all of that lies on the host, and the device holds one block and the activations of one batch or
 chunk: its peak depends neither on the number of blocks nor on that of samples. calibration/memory.py has the formula.

@@ -65,6 +65,7 @@ def bench(
     computing_on = chosen_device(device)
 
     import torch
+    from tqdm.auto import tqdm
 
     from mbq_ao.calibration.labels import tokenizer_of
     from mbq_ao.hf_quantizer import packed_weights
@@ -79,9 +80,9 @@ def bench(
     used_dtype = str(measured.dtype).removeprefix("torch.")
 
     def speed(candidate: Any) -> Speed:
-        return _measure(candidate, ids, new_tokens, repeats, compile)
+        return _measure(candidate, ids, new_tokens, repeats, compile, bar.update)
 
-    with torch.no_grad():
+    with torch.no_grad(), tqdm(total=2 * (2 * repeats + 1), desc="bench", unit=" generations") as bar:
         logits = _logits(measured, ids)
         speeds = {"quantized": speed(measured)}
         _unpack(measured)
@@ -116,7 +117,9 @@ def bench(
     return result
 
 
-def _measure(model: Any, ids: Tensor, new_tokens: int, repeats: int, compile: bool) -> Speed:
+def _measure(
+    model: Any, ids: Tensor, new_tokens: int, repeats: int, compile: bool, generated: Callable[[], object]
+) -> Speed:
     import torch
 
     from mbq_ao.generation import compile_for_generation
@@ -133,25 +136,23 @@ def _measure(model: Any, ids: Tensor, new_tokens: int, repeats: int, compile: bo
         if on_gpu:
             torch.cuda.synchronize(ids.device)
 
-    generate(new_tokens + 1)  # warm up: compiling, and the kernels' own choices
+    def seconds(count: int) -> float:
+        began = time.perf_counter()
+        generate(count)
+        took = time.perf_counter() - began
+        generated()
+        return took
+
+    seconds(new_tokens + 1)  # warm up: compiling, and the kernels' own choices
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(ids.device)
-    prefill = _median_seconds(lambda: generate(1), repeats)
-    decode = (_median_seconds(lambda: generate(new_tokens + 1), repeats) - prefill) / new_tokens
+    prefill = median(seconds(1) for _ in range(repeats))
+    decode = (median(seconds(new_tokens + 1) for _ in range(repeats)) - prefill) / new_tokens
     if decode <= 0:
         raise UserError(f"{new_tokens} tokens are too few to measure decoding: they took no time beside the prompt")
     return Speed(
         prefill, decode, parameter_nbytes(model), torch.cuda.max_memory_allocated(ids.device) if on_gpu else None
     )
-
-
-def _median_seconds(function: Callable[[], None], repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        function()
-        seconds.append(time.perf_counter() - began)
-    return median(seconds)
 
 
 def _logits(model: Any, ids: Tensor) -> list[Tensor]:

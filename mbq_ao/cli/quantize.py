@@ -71,7 +71,9 @@ def quantize(
     ] = None,
     recipe: Annotated[
         Literal["best", "paper", "smoothquant", "gptq"],
-        typer.Option(help="paper computes what the published code computes.", rich_help_panel=_METHOD),
+        typer.Option(
+            help="paper computes what the published code computes; the last two are baselines.", rich_help_panel=_METHOD
+        ),
     ] = "best",
     targets: Annotated[
         Literal["decoder", "decoder+vision"], typer.Option(help="What is calibrated.", rich_help_panel=_METHOD)

@@ -101,8 +101,9 @@ def _gguf_read_once() -> Iterator[None]:
     gguf: Any = importlib.import_module("gguf")
     names = ("GGUFReader", "get_tensor_name_map")
     originals = {name: getattr(gguf, name) for name in names}
+    reader: Any = originals["GGUFReader"]
 
-    class PlainReader(originals["GGUFReader"]):  # type: ignore[misc]
+    class PlainReader(reader):
         data = property(lambda self: self._data, lambda self, mapped: setattr(self, "_data", np.asarray(mapped)))
 
     for name, function in (originals | {"GGUFReader": PlainReader}).items():

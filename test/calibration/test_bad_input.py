@@ -313,13 +313,20 @@ def test_smoothquant_refuses_what_concerns_a_search(option: dict[str, Any]) -> N
     )
 
 
-def test_gptq_refuses_what_concerns_a_search() -> None:
+@pytest.mark.parametrize("option", [{"scale_groups": []}, {"propagate_error": True}, {"n_grid": 5}])
+def test_gptq_refuses_what_concerns_a_search(option: dict[str, Any]) -> None:
+    values = {"scale_groups": None, "propagate_error": False, "n_grid": 20, **option}
+    with pytest.raises(ValueError) as caught:
+        mbq_config([], recipe="gptq", **option)
+    assert str(caught.value) == (
+        'recipe="gptq" searches no scales: leave out scale_groups, propagate_error and n_grid, '
+        "got scale_groups={scale_groups!r}, propagate_error={propagate_error!r}, n_grid={n_grid!r}".format(**values)
+    )
+
+
+def test_gptq_may_weigh_vision_tokens() -> None:
     assert mbq_config([], recipe="gptq", balance=True).balance
     assert not mbq_config([], recipe="gptq").balance
-    with pytest.raises(
-        ValueError, match=r'^recipe="gptq" searches no scales: leave out propagate_error and n_grid, got'
-    ):
-        mbq_config([], recipe="gptq", n_grid=5)
 
 
 def test_torchao_refuses_a_calibration_config(model: nn.Module) -> None:

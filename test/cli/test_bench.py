@@ -36,6 +36,7 @@ def test_against_another_model(llava: Path, rounded: Path) -> None:
     assert done.exit_code == 0, done.output
     assert f"{rounded} against {llava}" in done.stdout and "Only ratios" in done.stdout
     assert "logits agree to" in done.stdout and torch.__version__ in done.stdout
+    assert "14/14" in done.stderr  # generations: for each model one to warm up and three of both lengths
 
 
 def test_figures_of_a_gpu() -> None:
