@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ from mbq_ao.tensor_parallel import (
 METHOD = "mbq"
 CHECKSUMS = "mbq_checksums.json"
 REPORT = "mbq_report.json"
+
+_BEFORE_5_23 = not hasattr(HfQuantizer, "update_parallel_plan")  # transformers
 
 
 @dataclass
@@ -120,6 +123,8 @@ class MBQHfQuantizer(HfQuantizer):
     report: Any = None  # the CalibrationReport, in the process that calibrated
     dtype: torch.dtype | None = None  # that the model is loaded in
     parallel = False  # whether the model is loaded tensor parallel
+    # Of the parameters as the model was built, where transformers may load others as they are stored.
+    plain_dtypes: Mapping[str, torch.dtype] = MappingProxyType({})
 
     @property
     def is_compileable(self) -> bool:
@@ -174,13 +179,16 @@ class MBQHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        asks = hasattr(HfQuantizer, "update_parallel_plan")  # else it would shard a weight's data one by one
-        if getattr(model.config, "distributed_config", None) is not None and not asks:
+        # It would shard a weight's data one by one.
+        if getattr(model.config, "distributed_config", None) is not None and _BEFORE_5_23:
             raise NotImplementedError(
                 "loading a quantized checkpoint tensor parallel needs transformers 5.23 or later, this is "
                 f"{transformers.__version__}; upgrade it, or load the whole checkpoint in each process and use "
                 "torch's parallelize_module"
             )
+        if _BEFORE_5_23 and self.dtype is not None:
+            kept = tuple(model._get_dtype_plan(self.dtype))  # names of modules that stay in fp32
+            self.plain_dtypes = {n: p.dtype for n, p in model.named_parameters() if not any(k in n for k in kept)}
         loading = LOADING.get()
         if loading is None or loading.verify:
             for path in map(Path, checkpoint_files or ()):
@@ -208,6 +216,9 @@ class MBQHfQuantizer(HfQuantizer):
                 module, parameter = get_module_from_name(model, name)
                 weight = module._parameters[parameter].data.to(self.dtype)
                 module._parameters[parameter] = nn.Parameter(weight, requires_grad=False)
+        for name, parameter in model.named_parameters():
+            if not isinstance(parameter, PackedWeight):
+                parameter.data = parameter.data.to(self.plain_dtypes.get(name, parameter.dtype))
         attach(model, config=self.quantization_config)
         return model
 

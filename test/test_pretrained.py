@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from families import FAMILIES, LANGUAGE, MIXTURES, MULTIMODAL
 from models import build_batch, build_model, model_inputs
-from packaging.version import Version
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchao.quantization import quantize_ as torchao_quantize_
@@ -134,9 +132,6 @@ def test_experts(family: str, tmp_path: Path) -> None:
     assert packed(loaded) == weights and torch.equal(logits(loaded, family), expected)
 
 
-@pytest.mark.skipif(
-    Version(transformers.__version__) < Version("5.23"), reason="older ones leave some parameters as they are stored"
-)
 def test_another_dtype(tmp_path: Path) -> None:
     model = rounded("qwen2_vl")
     save_pretrained(model, tmp_path / "m")
