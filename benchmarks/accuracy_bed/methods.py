@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_affine_hqq
 
 from mbq_ao import mbq_config
 from mbq_ao.calibration.mbq import calibrate
@@ -18,14 +19,30 @@ SCALES = RECIPES["best"]
 PLAIN = replace(SCALES, scaled=False)
 
 
+def round_by_hqq(w: Tensor, *, group_size: int, num_bits: int) -> Tensor:
+    """Half-quadratic quantization (Badri and Shaji 2023), torchao's; its zero points are not whole numbers.
+
+    Raises AssertionError where the groups do not fill the rows.
+    """
+    q, scale, zero, _ = _choose_qparams_and_quantize_affine_hqq(
+        w, num_bits, group_size, compute_dtype=torch.float32, device=str(w.device), raw_output=True
+    )
+    scale, zero = (x.repeat_interleave(group_size, 1) for x in (scale, zero))
+    return ((q - zero) * scale).to(w.dtype)
+
+
 @dataclass(frozen=True)
 class Method:
+    """rounding: of weights that no recipe fits to their inputs, in groups (not of w4a8)."""
+
     recipe: Recipe
     settings: dict[str, Any] = field(default_factory=dict)
+    rounding: Callable[..., Tensor] = fake_quantize_affine
 
 
 METHODS = {
-    "RTN": Method(PLAIN),
+    "RTN": Method(PLAIN, {"balance": False}),
+    "HQQ": Method(PLAIN, {"balance": False}, round_by_hqq),
     "AWQ-like": Method(SCALES, {"balance": False, "loss": "mse"}),
     "AWQ-like, MAE": Method(SCALES, {"balance": False}),
     "AWQ-like, grid": Method(replace(SCALES, search_grid=True), {"balance": False, "loss": "mse"}),
@@ -73,11 +90,12 @@ class FakeQuantizer:
 
     num_bits: int
     group_size: int
+    rounding: Callable[..., Tensor] = fake_quantize_affine
 
     def stand_in(self, weight: Tensor, s: Tensor | None) -> Tensor:
         if s is None:
-            return fake_quantize_affine(weight, group_size=self.group_size, num_bits=self.num_bits)
-        return fake_quantize_affine(weight * s, group_size=self.group_size, num_bits=self.num_bits) / s
+            return self.rounding(weight, group_size=self.group_size, num_bits=self.num_bits)
+        return self.rounding(weight * s, group_size=self.group_size, num_bits=self.num_bits) / s
 
     quantize = stand_in
 
@@ -100,8 +118,10 @@ def settings_for(
     config = mbq_config(calib, precision="w4a8" if precision == "w4a8" else "w3a16", **method.settings)
     settings = replace(config.settings(), recipe=method.recipe)
     if precision == "w4a8":
+        if method.rounding is not fake_quantize_affine:
+            raise ValueError("this method rounds weights only: leave it out with w4a8")
         return settings
-    return replace(settings, quantizer=FakeQuantizer(int(precision[1]), group_size))
+    return replace(settings, quantizer=FakeQuantizer(int(precision[1]), group_size, method.rounding))
 
 
 def quantize(model: nn.Module, method: Method, precision: str, group_size: int, calib: list[dict[str, Tensor]]) -> None:
