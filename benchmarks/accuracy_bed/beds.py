@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from mbq_ao.demo.data import VqaRow, calibration_batches, group_by_image, load_easy_vqa
+from mbq_ao.demo.data import IGNORE, VqaRow, calibration_batches, group_by_image, load_easy_vqa
 from mbq_ao.demo.model import WEIGHTS, build_demo_vlm
 
 VALIDATION_SHARE = 0.1
-TEXT_WINDOWS, TEXT_TOKENS = 16, 256
+TEXT_WINDOWS, TEXT_TOKENS = 8, 256
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,31 @@ class Bed:
     def calibration(
         self, processor: LlavaProcessor, samples: int, seed: int, texts: int = 0
     ) -> list[dict[str, Tensor]]:
-        """Pairs of image and question, and so many samples of plain text beside them."""
+        """Batches: pairs of image and question, and so many samples of plain text beside them."""
         pairs = calibration_batches(processor, self.rows("train"), num_samples=samples, seed=seed)
-        return pairs + plain_samples(processor, texts, seed)
+        return padded_batches(pairs) + padded_batches(plain_samples(processor, texts, seed))
 
 
 BEDS = {
     "shapes": Bed("shapes", WEIGHTS, load_easy_vqa),
 }
+
+
+def padded_batches(samples: list[dict[str, Tensor]], size: int = 8) -> list[dict[str, Tensor]]:
+    """Of samples that are one row each: `size` in a batch, those of similar length together, padded on the right."""
+    samples = sorted(samples, key=lambda sample: sample["input_ids"].shape[1])
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE}
+
+    def joined(part: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        rows = {name: [sample[name][0] for sample in part] for name in part[0]}
+        return {
+            name: pad_sequence(values, batch_first=True, padding_value=fill[name])
+            if name in fill
+            else torch.stack(values)
+            for name, values in rows.items()
+        }
+
+    return [joined(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
 def plain_samples(processor: LlavaProcessor, number: int, seed: int) -> list[dict[str, Tensor]]:
