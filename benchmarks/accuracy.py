@@ -27,7 +27,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from accuracy_bed.beds import BEDS, plain_text
+from accuracy_bed.beds import BEDS, Bed, ConversationBed, plain_samples, plain_text
 from accuracy_bed.exam import Exam, Scores
 from accuracy_bed.methods import METHODS, quantize
 from accuracy_bed.table import FULL_PRECISION, load_runs, markdown, summary
@@ -37,10 +37,18 @@ RUNS = Path(__file__).resolve().parent / "accuracy_runs"
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def bed_of(options: argparse.Namespace) -> Bed:
+    if options.bed in BEDS:
+        return BEDS[options.bed]
+    if options.data is None:
+        sys.exit(f"--bed {options.bed} is none of {', '.join(BEDS)}: for a model of your own, give --data as well")
+    return ConversationBed(options.bed, options.data, options.image_folder, options.device)
+
+
 def folder_of(options: argparse.Namespace) -> Path:
     kind = options.precision if options.precision == "w4a8" else f"{options.precision}g{options.group_size}"
     what = f"{options.split}{options.images or ''}_n{options.samples}_texts{options.texts}"
-    return options.runs / options.bed / kind / what
+    return options.runs / bed_of(options).name / kind / what
 
 
 def run_path(options: argparse.Namespace, method: str, seed: int) -> Path:
@@ -60,16 +68,20 @@ def measure(options: argparse.Namespace) -> None:
     wanted = [(m, s) for s in options.seeds for m in options.methods if not run_path(options, m, s).exists()]
     if not wanted:
         return
-    bed = BEDS[options.bed]
+    bed = bed_of(options)
     model, processor = bed.build()
-    exam = Exam.of(model, processor, bed.rows(options.split), options.images, plain_text(processor))
-    about = {"device": device_name("cpu"), "torch": torch.__version__, "date": datetime.date.today().isoformat()}
+    exam = Exam.of(model, bed.questions(processor, options.split, options.images), plain_text(processor))
+    about = {
+        "device": device_name(model.device.type),
+        "torch": str(torch.__version__),
+        "date": datetime.date.today().isoformat(),
+    }
     reference = run_path(options, FULL_PRECISION, 0)
     if not reference.exists():
         keep(reference, exam.take(model), method=FULL_PRECISION, seed=0, seconds=0.0, **about)
     for method, seed in wanted:
         quantized = copy.deepcopy(model)
-        calib = bed.calibration(processor, options.samples, seed, options.texts)
+        calib = bed.calibration(processor, options.samples, seed) + plain_samples(processor, options.texts, seed)
         began = time.perf_counter()
         quantize(quantized, METHODS[method], options.precision, options.group_size, calib)
         seconds = time.perf_counter() - began
@@ -87,7 +99,9 @@ def write_table(options: argparse.Namespace) -> None:
     number, images = len(runs[0].of("nll")), len(set(runs[0].runs[0]["image_ids"]))
     kept = {k: v for k, v in vars(options).items() if k not in ("methods", "seeds", "table", "threads", "runs")}
     about = {k: runs[-1].runs[-1][k] for k in ("device", "torch", "date")}
-    text = json.dumps({**kept, "questions": number, "num_images": images, **about, "rows": summary(runs)}, indent=1)
+    text = json.dumps(
+        {**kept, "questions": number, "num_images": images, **about, "rows": summary(runs)}, indent=1, default=str
+    )
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     note = f"{number} questions about {images} images; {', '.join(map(str, about.values()))}"
     (RESULTS / f"{name}.md").write_text(f"{markdown(runs)}\n\n{note}\n", encoding="utf-8")
@@ -96,7 +110,10 @@ def write_table(options: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bed", choices=list(BEDS), default="shapes")
+    parser.add_argument("--bed", default="shapes", help=f"one of {', '.join(BEDS)}; or a model, by path or hub id")
+    parser.add_argument("--data", type=Path, help="of such a model: a JSONL file of conversations")
+    parser.add_argument("--image-folder", type=Path, help="what paths of images in it are relative to")
+    parser.add_argument("--device", help='of such a model, such as "cuda"')
     parser.add_argument("--precision", choices=("w3a16", "w2a16", "w4a8"), default="w3a16")
     parser.add_argument("--group-size", type=int, default=64, help="of w3a16 and w2a16; w4a8 has one scale a row")
     parser.add_argument("--methods", nargs="+", default=["all"], choices=["all", *METHODS])

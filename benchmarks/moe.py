@@ -37,7 +37,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 import moe_vlm
-from accuracy_bed.exam import Exam
+from accuracy_bed.exam import Exam, packed_questions
 from small_vlm import device_name
 from torchao.quantization import FqnToConfig, quantize_
 
@@ -63,12 +63,13 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     path = options.models / f"seed{seed}.safetensors"
     model, processor = moe_vlm.train(seed, path, options.rounds)
-    exam = Exam.of(model, processor, load_easy_vqa("test"), options.images)
+    parts = packed_questions(processor, load_easy_vqa("test"), options.images)
+    exam = Exam.of(model, parts)
     found: dict[str, Any] = {
         "seed": seed,
-        "questions": sum(len(group) for group in exam.groups),
+        "questions": sum(len(part.image_ids) for part in parts),
         "full precision": exam.take(model).summary(),
-        "routing": moe_vlm.routing(exam, model),
+        "routing": moe_vlm.routing(parts, model),
         "runs": [],
     }
     rows = load_easy_vqa("train")

@@ -35,12 +35,12 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from accuracy_bed.exam import Exam, pixels_of
+from accuracy_bed.exam import PackedQuestions, pixels_of
 
 from mbq_ao.calibration.capture import hooked
 from mbq_ao.demo.data import COLORS, IGNORE, SHAPES, VqaRow, group_by_image, load_easy_vqa
 from mbq_ao.demo.model import IMAGE_SIZE, NUM_PATCHES, PATCH_SIZE, build_processor, is_trained_directly
-from mbq_ao.demo.packing import pack, packed_logits, packed_loss, similar_batches
+from mbq_ao.demo.packing import pack, packed_loss, similar_batches
 from mbq_ao.demo.train import SHAPE_WORDS, move_shapes, shape_and_color, shape_images, train_vision
 
 CHAT_TEMPLATE = """\
@@ -199,13 +199,14 @@ def _train_jointly(
 
 
 @torch.no_grad()
-def routing(exam: Exam, model: LlavaForConditionalGeneration) -> dict[str, Any]:
+def routing(parts: list[PackedQuestions], model: LlavaForConditionalGeneration) -> dict[str, Any]:
     """How many test tokens each expert gets, layer by layer, by modality; prompt text is the rest."""
     counts = {kind: torch.zeros(LAYERS, EXPERTS, dtype=torch.long) for kind in ("vision", "answer", "prompt")}
-    for batch, pixels in exam.batches:
+    for part in parts:
+        batch = part.batch
         chosen: list[Tensor] = []
         with hooked(m.register_forward_hook(lambda m, a, y, c=chosen: c.append(y[2])) for m in routers(model)):
-            packed_logits(model, batch, pixels)
+            part.logits(model)
         vision, answer = batch.ids == model.config.image_token_id, batch.labels != IGNORE
         prompt = (batch.ids != 0) & ~vision & ~answer
         for kind, mask in (("vision", vision), ("answer", answer), ("prompt", prompt)):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from models import build_model
+from PIL import Image
+from processors import build_processor
 
 ROOT = Path(__file__).parents[1]
 
@@ -18,7 +22,13 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def keep(method: str, seed: int, nll: list[float], correct: list[float]) -> None:
         run = {"method": method, "seed": seed, "nll": torch.tensor(nll), "kl": torch.tensor(nll) / 2}
-        run |= {"correct": torch.tensor(correct), "image_ids": [0, 0, 1, 2], "text_nll": 3.0 + seed, "seconds": 1.0}
+        run |= {
+            "cosine": torch.tensor(correct),
+            "correct": torch.tensor(correct),
+            "image_ids": [0, 0, 1, 2],
+            "text_nll": 3.0 + seed,
+            "seconds": 1.0,
+        }
         torch.save(run, tmp_path / f"{method}_{seed}.pt")
 
     keep("full precision", 0, [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0])
@@ -35,6 +45,35 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert row["nll_standard_error"] == pytest.approx(expected)
     assert rtn.difference(reference, "nll") == pytest.approx((1.5, expected))
     assert "| RTN | 1.5000 ± 0.7071 (0.3750) |" in markdown([reference, rtn])
+
+
+def test_a_model_and_conversations_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import accuracy
+
+    build_model("llava").save_pretrained(tmp_path)
+    build_processor("llava").save_pretrained(tmp_path)
+    rows = []
+    for i in range(10):
+        Image.new("RGB", (28, 28), (25 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>\nHow red?"}, {"from": "gpt", "value": f"It is {25 * i}."}]
+        rows.append(json.dumps({"image": f"{i}.png", "conversations": turns}))
+    data = tmp_path / "red.jsonl"
+    data.write_text("\n".join(rows))
+    splits = [accuracy.ConversationBed(str(tmp_path), data).rows(s) for s in ("train", "validation", "test")]
+    assert [len(s) for s in splits] == [7, 1, 2] and len({row["image"] for s in splits for row in s}) == 10
+
+    command = ["accuracy.py", "--bed", str(tmp_path), "--data", str(data), "--image-folder", str(tmp_path)]
+    command += ["--runs", str(tmp_path / "runs"), "--split", "test", "--group-size", "32", "--samples", "4"]
+    monkeypatch.setattr("sys.argv", [*command, "--methods", "RTN", "GPTQ", "--seeds", "0"])
+    accuracy.main()
+    monkeypatch.setattr(accuracy, "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", [*command, "--table"])
+    accuracy.main()
+    (written,) = tmp_path.glob("accuracy_*.json")
+    full, *others = json.loads(written.read_text())["rows"]
+    assert (full["nll"] > 0, full["kl"], full["cosine"]) == (True, 0, pytest.approx(1, abs=1e-6))
+    assert {row["method"] for row in others} == {"RTN", "GPTQ"} and all(row["kl"] > 0 for row in others)
 
 
 @pytest.mark.benchmark

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accuracy_bed.exam import MEASURES
 from mbq_ao.evaluation.answers import clustered_standard_error
 
 FULL_PRECISION = "full precision"
@@ -25,7 +26,7 @@ class Runs:
     runs: list[dict[str, Any]]
 
     def of(self, name: str) -> Tensor:
-        """(Q,) mean over the draws of "nll", "kl" or "correct"."""
+        """(Q,) mean over the draws of one of MEASURES."""
         return torch.stack([run[name] for run in self.runs]).mean(0)
 
     def mean(self, name: str) -> float:
@@ -70,7 +71,7 @@ def summary(runs: Sequence[Runs]) -> list[dict[str, Any]]:
     rows = []
     for r in runs:
         row: dict[str, Any] = {"method": r.method, "seeds": r.seeds}
-        for name in ("nll", "kl", "correct"):
+        for name in MEASURES:
             row[name] = r.mean(name)
             row[f"{name}_spread"] = r.spread(name)
             row[f"{name}_standard_error"] = r.standard_error(name)
@@ -83,8 +84,8 @@ def summary(runs: Sequence[Runs]) -> list[dict[str, Any]]:
 def markdown(runs: Sequence[Runs]) -> str:
     """± is over draws of the calibration data, in brackets the standard error over images."""
     lines = [
-        "| method | answer NLL | KL to full precision | accuracy % | right -> wrong | text NLL |",
-        "|---|---|---|---|---|---|",
+        "| method | answer NLL | KL to full precision | accuracy % | right -> wrong | logit cosine | text NLL | s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in summary(runs):
         spread = "" if row["nll_spread"] is None else f" ± {row['nll_spread']:.4f}"
@@ -92,6 +93,6 @@ def markdown(runs: Sequence[Runs]) -> str:
             f"| {row['method']} | {row['nll']:.4f}{spread} ({row['nll_standard_error']:.4f}) "
             f"| {row['kl']:.4f} ({row['kl_standard_error']:.4f}) "
             f"| {100 * row['correct']:.2f} ({100 * row['correct_standard_error']:.2f}) "
-            f"| {row['flips']:.1f} | {row['text_nll']:.3f} |"
+            f"| {row['flips']:.1f} | {row['cosine']:.4f} | {row['text_nll']:.3f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
