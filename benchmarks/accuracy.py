@@ -29,11 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy_bed.beds import BEDS, Bed, ConversationBed, plain_samples, plain_text
 from accuracy_bed.exam import Exam, Scores
-from accuracy_bed.methods import METHODS, quantize
+from accuracy_bed.methods import METHODS, method_of, quantize
 from accuracy_bed.table import FULL_PRECISION, load_runs, markdown, summary
 from small_vlm import device_name
 
 RUNS = Path(__file__).resolve().parent / "accuracy_runs"
+_METHODS_HELP = f'"all", or some of {", ".join(METHODS)}, each with changes after commas: "GPTQ, grid, shrink=0.2"'
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -52,7 +53,7 @@ def folder_of(options: argparse.Namespace) -> Path:
 
 
 def run_path(options: argparse.Namespace, method: str, seed: int) -> Path:
-    name = method.replace(" ", "_").replace(",", "").replace("+", "plus")
+    name = method.replace(" ", "_").replace(",", "").replace("+", "plus").replace("=", "_")
     return folder_of(options) / f"{name}_seed{seed}.pt"
 
 
@@ -83,7 +84,7 @@ def measure(options: argparse.Namespace) -> None:
         quantized = copy.deepcopy(model)
         calib = bed.calibration(processor, options.samples, seed) + plain_samples(processor, options.texts, seed)
         began = time.perf_counter()
-        quantize(quantized, METHODS[method], options.precision, options.group_size, calib)
+        quantize(quantized, method_of(method), options.precision, options.group_size, calib)
         seconds = time.perf_counter() - began
         scores = exam.take(quantized)
         keep(run_path(options, method, seed), scores, method=method, seed=seed, seconds=seconds, **about)
@@ -116,7 +117,7 @@ def main() -> None:
     parser.add_argument("--device", help='of such a model, such as "cuda"')
     parser.add_argument("--precision", choices=("w3a16", "w2a16", "w4a8"), default="w3a16")
     parser.add_argument("--group-size", type=int, default=64, help="of w3a16 and w2a16; w4a8 has one scale a row")
-    parser.add_argument("--methods", nargs="+", default=["all"], choices=["all", *METHODS])
+    parser.add_argument("--methods", nargs="+", default=["all"], help=_METHODS_HELP)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="draws of calibration pairs")
     parser.add_argument("--samples", type=int, default=16, help="calibration pairs")
     parser.add_argument("--texts", type=int, default=0, help="calibration samples of plain text beside them")
@@ -128,6 +129,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.methods == ["all"]:
         options.methods = list(METHODS)
+    for name in options.methods:
+        try:
+            method_of(name)
+        except ValueError as error:
+            parser.error(str(error))
     if options.table:
         write_table(options)
     else:

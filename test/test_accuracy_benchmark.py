@@ -47,6 +47,18 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "| RTN | 1.5000 ± 0.7071 (0.3750) |" in markdown([reference, rtn])
 
 
+def test_names_of_methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from accuracy_bed.methods import METHODS, method_of
+
+    assert method_of("MBQ + GPTQ") is METHODS["MBQ + GPTQ"]
+    changed = method_of("AWQ-like, grid, shrink=0.2, loss=mae")
+    assert (changed.recipe.search_grid, changed.recipe.shrinkage, changed.recipe.scaled) == (True, 0.2, True)
+    assert changed.settings == {"balance": False, "loss": "mae"}
+    with pytest.raises(ValueError, match="there is no method 'GPTQ, grit'"):
+        method_of("GPTQ, grit")
+
+
 def test_a_model_and_conversations_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import accuracy

@@ -40,48 +40,52 @@ class Method:
     rounding: Callable[..., Tensor] = fake_quantize_affine
 
 
+UNBALANCED = {"balance": False}
 METHODS = {
-    "RTN": Method(PLAIN, {"balance": False}),
-    "HQQ": Method(PLAIN, {"balance": False}, round_by_hqq),
+    "RTN": Method(PLAIN, UNBALANCED),
+    "HQQ": Method(PLAIN, UNBALANCED, round_by_hqq),
     "AWQ-like": Method(SCALES, {"balance": False, "loss": "mse"}),
-    "AWQ-like, MAE": Method(SCALES, {"balance": False}),
-    "AWQ-like, grid": Method(replace(SCALES, search_grid=True), {"balance": False, "loss": "mse"}),
-    "SmoothQuant": Method(RECIPES["smoothquant"], {"balance": False}),
-    "GPTQ": Method(replace(PLAIN, compensated=True), {"balance": False}),
-    "GPTQ, act order": Method(replace(PLAIN, compensated=True, act_order=True), {"balance": False}),
-    "GPTQ, grid": Method(replace(PLAIN, compensated=True, search_grid=True), {"balance": False}),
-    "GPTQ, shrink 0.2": Method(replace(PLAIN, compensated=True, shrinkage=0.2), {"balance": False}),
-    "grid": Method(replace(PLAIN, search_grid=True), {"balance": False}),
+    "SmoothQuant": Method(RECIPES["smoothquant"], UNBALANCED),
+    "GPTQ": Method(replace(PLAIN, compensated=True), UNBALANCED),
+    "wGPTQ": Method(replace(PLAIN, compensated=True)),
     "MBQ paper": Method(RECIPES["paper"]),
     "MBQ": Method(SCALES),
-    "MBQ, MSE": Method(SCALES, {"loss": "mse"}),
-    "MBQ, distorted": Method(SCALES, {"propagate_error": True}),
-    "wGPTQ": Method(replace(PLAIN, compensated=True)),
-    "wGPTQ, act order": Method(replace(PLAIN, compensated=True, act_order=True)),
-    "wGPTQ, grid": Method(replace(PLAIN, compensated=True, search_grid=True)),
-    **{f"wGPTQ, shrink {x}": Method(replace(PLAIN, compensated=True, shrinkage=x)) for x in (0.05, 0.2, 0.5)},
-    **{
-        f"wGPTQ, grid, shrink {x}": Method(replace(PLAIN, compensated=True, search_grid=True, shrinkage=x))
-        for x in (0.05, 0.2, 0.5)
-    },
-    "MBQ + wGPTQ, grid, shrink 0.2": Method(replace(SCALES, compensated=True, search_grid=True, shrinkage=0.2)),
-    "wGPTQ, grid, drift, shrink 0.2": Method(
-        replace(PLAIN, compensated=True, search_grid=True, corrects_drift=True, shrinkage=0.2)
-    ),
-    "wGPTQ, r^2": Method(replace(PLAIN, compensated=True, sensitivity_power=2)),
-    "wGPTQ, r^.5": Method(replace(PLAIN, compensated=True, sensitivity_power=0.5)),
-    "GPTQ, drift": Method(
-        replace(PLAIN, compensated=True, corrects_drift=True, sensitivity_power=0), {"balance": False}
-    ),
-    "wGPTQ, drift": Method(replace(PLAIN, compensated=True, corrects_drift=True)),
-    "wGPTQ, drift, grid": Method(replace(PLAIN, compensated=True, corrects_drift=True, search_grid=True)),
-    "MBQ + grid": Method(replace(SCALES, search_grid=True)),
+    "AWQ-like + GPTQ": Method(replace(SCALES, compensated=True), {"balance": False, "loss": "mse"}),
     "MBQ + GPTQ": Method(replace(SCALES, compensated=True, sensitivity_power=0)),
     "MBQ + wGPTQ": Method(replace(SCALES, compensated=True)),
-    "MBQ + wGPTQ, act order": Method(replace(SCALES, compensated=True, act_order=True)),
-    "MBQ + wGPTQ, grid": Method(replace(SCALES, compensated=True, search_grid=True)),
-    "AWQ-like + GPTQ": Method(replace(SCALES, compensated=True), {"balance": False, "loss": "mse"}),
 }
+CHANGES: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "grid": ("search_grid", bool),
+    "drift": ("corrects_drift", bool),
+    "act order": ("act_order", bool),
+    "shrink": ("shrinkage", float),
+    "power": ("sensitivity_power", float),
+    "loss": ("loss", str),
+    "distorted": ("propagate_error", bool),
+}
+
+
+def method_of(name: str) -> Method:
+    """One of METHODS, and after commas what of CHANGES is different in it: "GPTQ, grid, shrink=0.2".
+
+    Raises ValueError for another name.
+    """
+    base, *changes = name.split(", ")
+    if base not in METHODS or not {c.split("=")[0] for c in changes} <= CHANGES.keys():
+        raise ValueError(
+            f"there is no method {name!r}: it must be one of {', '.join(METHODS)}, followed by any of "
+            f"{', '.join(CHANGES)}, with commas between"
+        )
+    method = METHODS[base]
+    for change in changes:
+        key, _, text = change.partition("=")
+        attribute, read = CHANGES[key]
+        value = {attribute: read(text or "on")}
+        if hasattr(method.recipe, attribute):
+            method = replace(method, recipe=replace(method.recipe, **value))
+        else:
+            method = replace(method, settings=method.settings | value)
+    return method
 
 
 @dataclass(frozen=True)
