@@ -14,6 +14,7 @@ evaluation = ["lm-eval>=0.4.13", "datasets>=5.2", "accelerate", "pillow"]
 docs = ["sphinx>=9", "myst-nb", "furo"]
 tutorials = ["jupytext>=1.19", "nbclient>=0.11", "ipykernel>=7"]
 dev = ["pytest", "pytest-timeout", "pytest-xdist", "expecttest", "hypothesis", "ruff==0.17.5", "mypy==2.4.1", "triton"]
+dev += ["scikit-learn"]  # whose digits benchmarks/accuracy_bed asks about
 
 setup(
     name="mbq_ao",

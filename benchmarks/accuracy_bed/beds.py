@@ -20,12 +20,15 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoProcessor, LlavaForConditionalGeneration, LlavaProcessor
 
 import mbq_ao
+from accuracy_bed.digit_scenes import load_digit_vqa
 from accuracy_bed.exam import Questions, conversation_questions, packed_questions
 from mbq_ao.calibration.labels import tokenizer_of
 from mbq_ao.demo.data import IGNORE, VqaRow, calibration_batches, group_by_image, load_easy_vqa
 from mbq_ao.demo.model import WEIGHTS, build_demo_vlm
 from mbq_ao.pretrained import load_any
 
+DIGITS_WEIGHTS = Path(__file__).with_name("digits_vlm.safetensors")
+NUM_TRAIN_SCENES, NUM_TEST_SCENES = 6000, 1000  # the first as in train_digits.py
 VALIDATION_SHARE, TEST_SHARE = 0.1, 0.2
 TEXT_WINDOWS, TEXT_TOKENS = 8, 256
 
@@ -109,9 +112,14 @@ class ConversationBed:
         return self._batches(processor, "train", samples, seed)
 
 
+def _digit_rows(split: str) -> list[VqaRow]:
+    return load_digit_vqa(split, NUM_TRAIN_SCENES if split == "train" else NUM_TEST_SCENES)
+
+
 Bed = DemoBed | ConversationBed
 BEDS = {
     "shapes": DemoBed("shapes", WEIGHTS, load_easy_vqa),
+    "digits": DemoBed("digits", DIGITS_WEIGHTS, _digit_rows),
 }
 
 
