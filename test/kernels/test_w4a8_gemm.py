@@ -15,13 +15,14 @@ from torch import Tensor
 
 triton = pytest.importorskip("triton")
 
-from launches import DEVICE, HALF_ULP, guarded_outputs, needs_kernels, w4a8_problem  # noqa: E402
+from launches import DEVICE, HALF_ULP, guarded_outputs, in_turn, needs_kernels, w4a8_problem  # noqa: E402
 
 from mbq_ao.kernels.reference import int4_dequantize_reference, quantize_tokens, w4a8_linear_reference  # noqa: E402
 from mbq_ao.kernels.w4a8_config import CUTS, FEW, FEW_SMALL, FUSED, MANY, SOME, W4A8Config  # noqa: E402
 from mbq_ao.kernels.w4a8_gemm import quantize_tokens_triton, w4a8_linear_triton  # noqa: E402
 
-ALL_DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+ALL_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def assert_matches_reference(y: Tensor, args: list) -> None:
@@ -96,19 +97,18 @@ def test_over_groups(config: W4A8Config, group_size: int | None, dtype: torch.dt
     assert_matches_reference(w4a8_linear_triton(*args, config), args)
 
 
+SHAPES = [
+    (1, 40, 896, None),
+    (17, 33, 100, 32),
+    (70, 64, 200, None),
+    (140, 70, 384, 128),
+    (1, 1, 1, 32),
+    (9, 4304, 70, None),
+]
+
+
 @needs_kernels
-@ALL_DTYPES
-@pytest.mark.parametrize(
-    ("m", "n", "k", "group_size"),
-    [
-        (1, 40, 896, None),
-        (17, 33, 100, 32),
-        (70, 64, 200, None),
-        (140, 70, 384, 128),
-        (1, 1, 1, 32),
-        (9, 4304, 70, None),
-    ],
-)
+@pytest.mark.parametrize(("m", "n", "k", "group_size", "dtype"), in_turn(SHAPES, DTYPES), ids=str)
 def test_over_shapes_with_the_default_cut(m: int, n: int, k: int, group_size: int | None, dtype: torch.dtype) -> None:
     args = w4a8_problem(m, n, k, group_size, dtype)
     assert_matches_reference(w4a8_linear_triton(*args), args)
