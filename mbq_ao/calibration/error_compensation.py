@@ -12,6 +12,7 @@ lies where the loss does not feel it. With w = 1 this is GPTQ as published.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,15 +21,16 @@ from torch import Tensor
 
 Grid = tuple[Tensor, ...]  # of each group: scale, and zero point if there is one
 _COLUMNS = 128  # that are rounded before what they lost reaches the rest of the weight
-_SHRINKS = [1 - i / 40 for i in range(25)]  # of a group's range: 1 .. 0.4
+_SHRINKS = [1 - i / 10 for i in range(6)]  # of either end of a group's range
 
 
 @dataclass(frozen=True)
 class GridOf:
     """How a tensor's grid is chosen, and what it is.
 
-    choose: (N, K) fp32 -> the grid of each of its groups, (N, groups) each.  searched: try narrower ranges, too, and
-    keep for each group the one with the least error, each column counting by its own input's size alone.
+    choose: (N, K) fp32 -> the grid of each of its groups, (N, groups) each.  searched: try narrower ranges, too, the
+    ends apart from each other, and keep for each group the one with the least error, each column counting by its own
+    input's size alone.
     """
 
     choose: Callable[[Tensor], Grid]
@@ -53,8 +55,8 @@ class GridOf:
         low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
         best: Grid = ()
         least = torch.full_like(low, torch.inf)
-        for shrink in _SHRINKS:
-            grid = self.choose(w.clamp(low * shrink, high * shrink))
+        for of_low, of_high in itertools.product(_SHRINKS, repeat=2):
+            grid = self.choose(w.clamp(low * of_low, high * of_high))
             scale, zero = self.scale_and_zero(grid)
             error = ((w - round_to_grid(w, scale, zero, self.num_bits)).square_() @ importance)[:, None]
             better = error < least

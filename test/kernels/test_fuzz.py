@@ -24,7 +24,7 @@ def test_cpu(case: Case) -> None:
 
 
 @given(cases(max_rows=24, dtypes=(torch.float16, torch.bfloat16)))
-@settings(max_examples=25, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=16, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 def test_triton(case: Case) -> None:
     pytest.importorskip("triton")
     from mbq_ao.kernels.int3_linear import int3_linear_triton
