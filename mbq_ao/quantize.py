@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mbq_ao.calibration.settings import CalibrationSettings, Fit
 
 FilterFn = Callable[[nn.Module, str], bool]
-_RECIPES = ("best", "paper", "smoothquant", "gptq")
+_RECIPES = ("best", "mbq", "paper", "smoothquant", "gptq")
 _LOSSES = ("mae", "mse")
 _TARGETS = ("decoder", "decoder+vision")
 
@@ -40,7 +40,7 @@ class MBQConfig(AOBaseConfig):
     calib_data: Iterable[Mapping[str, Any]] = field(repr=False)
     precision: Literal["w3a16", "w4a8"] = "w3a16"
     group_size: int | Literal["auto"] | None = "auto"
-    recipe: Literal["best", "paper", "smoothquant", "gptq"] = "best"
+    recipe: Literal["best", "mbq", "paper", "smoothquant", "gptq"] = "best"
     balance: bool | None = None
     loss: Literal["mae", "mse"] = "mae"
     propagate_error: bool = False
@@ -71,7 +71,7 @@ class MBQConfig(AOBaseConfig):
                 f"vision={type(self.vision).__name__} rounds the vision tower without calibration, and "
                 'targets="decoder+vision" calibrates it; leave out one of them'
             )
-        searches = self.recipe in ("best", "paper")
+        searches = self.recipe in ("best", "mbq", "paper")
         if not searches:
             self._refuse_what_concerns_a_search()
         self.balance = searches if self.balance is None else self.balance
@@ -180,7 +180,7 @@ def mbq_config(
     *,
     precision: Literal["w3a16", "w4a8"] = "w3a16",
     group_size: int | Literal["auto"] | None = "auto",
-    recipe: Literal["best", "paper", "smoothquant", "gptq"] = "best",
+    recipe: Literal["best", "mbq", "paper", "smoothquant", "gptq"] = "best",
     balance: bool | None = None,
     loss: Literal["mae", "mse"] = "mae",
     propagate_error: bool = False,
@@ -203,11 +203,12 @@ def mbq_config(
     group_size: 32, 64 or 128 input channels share a scale; None: one scale a row. "auto" is 128 for w3a16 and None
         for w4a8. The published code knows no groups for w4a8: there recipe="paper" has one scale a row, whatever
         is given. `group_size` of the config returned is what was decided.
-    recipe: "best" is the corrected calibration. "paper" computes what the published code computes, number
+    recipe: "mbq" is the corrected calibration of the paper, and "best" what has been measured to be best, today the
+        same. "paper" computes what the published code computes, number
         for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
         scaled only where v_proj has its shape, and what no producer can take is not scaled.
         To reproduce the paper on several samples, pass them as one padded batch, as its code does. It knows no
-        mixtures of experts: they have the groups that "best" finds, but for those that no producer can take.
+        mixtures of experts: they have the groups that "mbq" finds, but for those that no producer can take.
         "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
         same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
         balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.

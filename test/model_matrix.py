@@ -130,7 +130,7 @@ def refusal(family: str) -> str:
     """The row of a family that is refused."""
     model = build_model(REFUSED[family])
     try:
-        quantize_(model, mbq_config([build_batch(REFUSED[family])], group_size=32), progress=False)
+        quantize_(model, mbq_config([build_batch(REFUSED[family])], group_size=32, recipe="mbq"), progress=False)
     except (ValueError, RuntimeError) as error:
         return f"| {family} | {type(error).__name__}: {error} |"
     raise AssertionError(f"{family} is not refused any more: move it to FAMILIES")
@@ -148,7 +148,7 @@ def measure(name: str, family: Family) -> Entry:
     for precision in ("w3a16", "w4a8"):
         model = build_model(family)
         batches = [build_batch(family, 9), build_batch(family, 12, seed=2)]
-        config = mbq_config(batches, precision=precision, group_size=32, n_grid=3)
+        config = mbq_config(batches, precision=precision, group_size=32, n_grid=3, recipe="mbq")
         report = quantize_(model, config, progress=False)
         with torch.no_grad():
             assert report.logits_error < 1e-5 and model(**model_inputs(batches[0])).logits.isfinite().all(), name

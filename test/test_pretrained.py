@@ -91,7 +91,9 @@ def test_round_trip_w4a8(dtype: torch.dtype, group_size: int | None, tmp_path: P
 def calibrated(family: str = "llava", precision: Any = "w3a16") -> tuple[nn.Module, Any]:
     model = build_model(family)
     data = [build_batch(family, 9), build_batch(family, 12, seed=2)]
-    report = quantize_(model, mbq_config(data, precision=precision, group_size=64, n_grid=3), progress=False)
+    report = quantize_(
+        model, mbq_config(data, precision=precision, group_size=64, n_grid=3, recipe="mbq"), progress=False
+    )
     return model, report
 
 

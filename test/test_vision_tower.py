@@ -17,7 +17,7 @@ TOWERS = {"llava": "model.vision_tower", "qwen2_5_vl": "model.visual", "smolvlm"
 
 
 def config(family: str, **changes: Any) -> Any:
-    return mbq_config([build_batch(family, 9)], precision="w4a8", n_grid=2, **changes)
+    return mbq_config([build_batch(family, 9)], precision="w4a8", n_grid=2, **({"recipe": "mbq"} | changes))
 
 
 def linears_of(model: nn.Module, prefix: str) -> dict[str, nn.Linear]:
@@ -106,7 +106,7 @@ def test_a_config_that_replaces_modules_is_refused() -> None:
 
 def test_a_model_without_a_vision_tower() -> None:
     model = build_model("llama")
-    settings = mbq_config([build_batch("llama", 9)], n_grid=2, group_size=32, vision=W8A8)
+    settings = mbq_config([build_batch("llama", 9)], n_grid=2, group_size=32, vision=W8A8, recipe="mbq")
     with pytest.raises(ValueError, match="LlamaForCausalLM has none that transformers"):
         quantize_(model, settings, progress=False)
 

@@ -15,7 +15,7 @@ from mbq_ao.calibration.mbq import calibrate
 from mbq_ao.calibration.settings import RECIPES, CalibrationSettings, Fit, Recipe
 from mbq_ao.quant_primitives import choose_qparams_affine, fake_quantize_affine
 
-SCALES = RECIPES["best"]
+SCALES = RECIPES["mbq"]
 PLAIN = replace(SCALES, scaled=False)
 
 

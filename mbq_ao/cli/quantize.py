@@ -70,7 +70,7 @@ def quantize(
         ),
     ] = None,
     recipe: Annotated[
-        Literal["best", "paper", "smoothquant", "gptq"],
+        Literal["best", "mbq", "paper", "smoothquant", "gptq"],
         typer.Option(
             help="paper computes what the published code computes; the last two are baselines.", rich_help_panel=_METHOD
         ),

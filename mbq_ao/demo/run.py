@@ -51,7 +51,7 @@ def run_demo(
     num_images: int = 80,
     precision: Literal["w3a16", "w4a8"] = "w3a16",
     group_size: int | Literal["auto"] | None = "auto",
-    recipe: Literal["best", "paper"] = "best",
+    recipe: Literal["best", "mbq", "paper"] = "best",
     seed: int = 0,
     output: Path = Path("demo_output"),
 ) -> list[Row]:

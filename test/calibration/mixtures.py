@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mbq_ao.calibration.capture import find_blocks
 
-OPTIONS: dict[str, Any] = {"group_size": 32, "n_grid": 3}
+OPTIONS: dict[str, Any] = {"group_size": 32, "n_grid": 3, "recipe": "mbq"}
 
 
 def batches_for(family: str) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ def refused(
     """The error's text, after checking that the model is what it was."""
     before = snapshot(model)
     with pytest.raises(exception) as caught:
-        config = mbq_config(calib_data, **{"group_size": 32, "n_grid": 2, **options})
+        config = mbq_config(calib_data, **{"recipe": "mbq", "group_size": 32, "n_grid": 2, **options})
         quantize_(model, config, filter_fn, progress=False, work_dir=work_dir)
     assert_unchanged(model, before)
     return str(caught.value)

@@ -24,7 +24,7 @@ def calib_data(family: str) -> list[dict[str, Any]]:
 
 def quantized(model: nn.Module, data: list[dict[str, Any]], filter_fn: Any = None, **options: Any) -> CalibrationReport:
     device, work_dir = options.pop("device", None), options.pop("work_dir", None)
-    config = mbq_config(data, **{"group_size": 32, "n_grid": 3, "targets": BOTH, **options})
+    config = mbq_config(data, **{"recipe": "mbq", "group_size": 32, "n_grid": 3, "targets": BOTH, **options})
     report = quantize_(model, config, filter_fn, device, progress=False, work_dir=work_dir)
     assert report is not None
     return report

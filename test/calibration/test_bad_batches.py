@@ -94,7 +94,7 @@ def test_batches_without_labels_use_all_text_and_say_so(model: nn.Module) -> Non
     labelled = dict(batch)
     del batch["labels"]
     with pytest.warns(UserWarning) as caught:
-        report = quantize_(model, mbq_config([batch], group_size=32, n_grid=3), progress=False)
+        report = quantize_(model, mbq_config([batch], group_size=32, n_grid=3, recipe="mbq"), progress=False)
     expect(
         str(caught[0].message),
         """\
@@ -103,7 +103,9 @@ with -100 on the prompt to calibrate for the answers""",
     )
     ids = labelled["input_ids"]
     labelled["labels"] = ids.masked_fill(ids == 120, -100)
-    other = quantize_(build_model("llava"), mbq_config([labelled], group_size=32, n_grid=3), progress=False)
+    other = quantize_(
+        build_model("llava"), mbq_config([labelled], group_size=32, n_grid=3, recipe="mbq"), progress=False
+    )
     assert report is not None and other is not None
     assert [g.losses for g in report.groups] == [g.losses for g in other.groups]
 
@@ -111,7 +113,9 @@ with -100 on the prompt to calibrate for the answers""",
 def test_no_vision_token_switches_the_balance_off_and_says_so() -> None:
     batches = [build_batch("llama")]
     with pytest.warns(UserWarning) as caught:
-        report = quantize_(build_model("llama"), mbq_config(batches, group_size=32, n_grid=3), progress=False)
+        report = quantize_(
+            build_model("llama"), mbq_config(batches, group_size=32, n_grid=3, recipe="mbq"), progress=False
+        )
     expect(
         str(caught[0].message),
         """\
@@ -125,7 +129,9 @@ def test_labels_of_int32_are_labels(model: nn.Module) -> None:
     batch = build_batch("llava")
     wide, narrow = (
         quantize_(
-            build_model("llava"), mbq_config([{**batch, "labels": labels}], group_size=32, n_grid=2), progress=False
+            build_model("llava"),
+            mbq_config([{**batch, "labels": labels}], group_size=32, n_grid=2, recipe="mbq"),
+            progress=False,
         )
         for labels in (batch["labels"], batch["labels"].int())
     )

@@ -43,10 +43,10 @@ be meaningless. Check the model's weights and dtype (float16 overflows where bfl
 
 
 def test_a_model_quantized_already(model: nn.Module) -> None:
-    quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+    quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq"), progress=False)
     before = dict(model.named_parameters())
     with pytest.raises(ValueError) as caught:
-        quantize_(model, mbq_config([build_batch("llava")], group_size=32), progress=False)
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32, recipe="mbq"), progress=False)
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     expect(
         str(caught.value),
@@ -58,9 +58,9 @@ searched on quantized weights; load the full-precision model again""",
 
 def test_a_model_quantized_to_w4a8_already(model: nn.Module) -> None:
     options: Any = {"precision": "w4a8", "n_grid": 2}
-    quantize_(model, mbq_config([build_batch("llava")], **options), progress=False)
+    quantize_(model, mbq_config([build_batch("llava")], **({"recipe": "mbq"} | options)), progress=False)
     with pytest.raises(ValueError, match=r"q_proj.weight is already quantized \(MBQW4A8Tensor\)"):
-        quantize_(model, mbq_config([build_batch("llava")], **options), progress=False)
+        quantize_(model, mbq_config([build_batch("llava")], **({"recipe": "mbq"} | options)), progress=False)
 
 
 def test_a_scale_that_overflows_float16_loses_the_search() -> None:
@@ -93,7 +93,7 @@ def test_weights_shared_between_linears(model: nn.Module) -> None:
 
 def test_layers_that_accelerate_places(model: nn.Module) -> None:
     accelerate = pytest.importorskip("accelerate")
-    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2)
+    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq")
     everywhere = dict.fromkeys(("model.vision_tower", "model.multi_modal_projector", "model.language_model"), "cpu")
     accelerate.dispatch_model(model, {**everywhere, "lm_head": "cpu"}, main_device="cpu", force_hooks=True)
     with pytest.raises(ValueError) as caught:
@@ -113,7 +113,7 @@ def test_weights_that_accelerate_offloaded(model: nn.Module) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     with pytest.raises(ValueError) as caught:
-        quantize_(model, mbq_config([build_batch("llava")], group_size=32), progress=False)
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32, recipe="mbq"), progress=False)
     expect(
         str(caught.value),
         """\
@@ -191,9 +191,11 @@ visual.blocks; pass the right one, such as blocks=list(model.llm.h)""",
     )
     with pytest.warns(UserWarning, match="no vision token"):
         report = quantize_(
-            model, mbq_config([batch], group_size=32, n_grid=2, blocks=list(model.llm.h)), progress=False
+            model, mbq_config([batch], group_size=32, n_grid=2, blocks=list(model.llm.h), recipe="mbq"), progress=False
         )
-        alone = quantize_(Custom(vision_width=0), mbq_config([batch], group_size=32, n_grid=2), progress=False)
+        alone = quantize_(
+            Custom(vision_width=0), mbq_config([batch], group_size=32, n_grid=2, recipe="mbq"), progress=False
+        )
     assert report is not None and alone is not None
     assert {g.block for g in report.groups} == {g.block for g in alone.groups} == {"llm.h.0", "llm.h.1"}
 
@@ -222,7 +224,7 @@ def test_images_that_do_not_match_their_tokens(model: nn.Module) -> None:
     bad["input_ids"][0, 3] = 5  # one place of the image less
     before = snapshot(model)
     with pytest.raises(ValueError, match="Image features and image tokens do not match") as caught:
-        quantize_(model, mbq_config([good, bad], group_size=32, n_grid=2), progress=False)
+        quantize_(model, mbq_config([good, bad], group_size=32, n_grid=2, recipe="mbq"), progress=False)
     assert_unchanged(model, before)
     expect(
         caught.value.__notes__[-1],
@@ -284,7 +286,7 @@ def test_scale_groups_that_cannot_be_folded(model: nn.Module) -> None:
     ("option", "value", "text"),
     [
         ("precision", "w2", "precision must be one of 'w3a16', 'w4a8', got 'w2'"),
-        ("recipe", "awq", "recipe must be one of 'best', 'paper', 'smoothquant', 'gptq', got 'awq'"),
+        ("recipe", "awq", "recipe must be one of 'best', 'mbq', 'paper', 'smoothquant', 'gptq', got 'awq'"),
         ("loss", "l1", "loss must be one of 'mae', 'mse', got 'l1'"),
         ("n_grid", 0, "n_grid must be an integer of at least 1, got 0; the paper uses 20"),
     ],

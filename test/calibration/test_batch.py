@@ -73,10 +73,10 @@ def as_mask(text: str) -> Tensor:
 
 def test_what_counts_in_each_recipe() -> None:
     batch = CalibrationBatch({}, torch.empty(0), as_mask(".xx......"), as_mask("...xx.xx."), as_mask("xxxxxxxx."))
-    best, paper = (Masks.of([batch], RECIPES[name]) for name in ("best", "paper"))
+    mbq, paper = (Masks.of([batch], RECIPES[name]) for name in ("mbq", "paper"))
     # An answer token is predicted at the position before it; the last one predicts nothing that has a label.
-    assert torch.equal(best.answer[0], as_mask("..xx.xx.."))
+    assert torch.equal(mbq.answer[0], as_mask("..xx.xx.."))
     assert torch.equal(paper.answer[0], batch.answer)
-    assert torch.equal(best.counted[0], batch.valid)
+    assert torch.equal(mbq.counted[0], batch.valid)
     assert paper.counted[0].all()
-    assert best.vision[0] is paper.vision[0] is batch.vision
+    assert mbq.vision[0] is paper.vision[0] is batch.vision

@@ -79,7 +79,7 @@ def test_the_distorted_stream_is_that_of_the_quantized_model(monkeypatch: pytest
     monkeypatch.setattr(mbq.BlockCalibrator, "search", spy)
     model, batch = build_model("qwen3_vl"), build_batch("qwen3_vl")
     clean = inputs_of_blocks(model, batch)[1]
-    quantize_(model, mbq_config([batch], group_size=32, n_grid=3, propagate_error=True), progress=False)
+    quantize_(model, mbq_config([batch], group_size=32, n_grid=3, propagate_error=True, recipe="mbq"), progress=False)
     served = inputs_of_blocks(model, batch)[1]
     torch.testing.assert_close(distorted[-1], served, rtol=1e-4, atol=1e-5)
     assert (served - clean).norm() > 0.01 * clean.norm()

@@ -410,7 +410,7 @@ def test_images_are_turned_upright(tmp_path: Path) -> None:
 def test_calibrates_a_real_model(family: str, mode: Any, pairs: list[dict[str, str]]) -> None:
     model = build_model(family)
     data = calibration_data(pairs, build_processor(family), n_samples=2, mode=mode)
-    report = quantize_(model, mbq_config(data, group_size=32, n_grid=2), progress=False)
+    report = quantize_(model, mbq_config(data, group_size=32, n_grid=2, recipe="mbq"), progress=False)
     assert report is not None and str(report)
     assert isinstance(model.model.language_model.layers[0].self_attn.q_proj.weight, MBQInt3Tensor)
     assert model(**data[0]).loss.isfinite()

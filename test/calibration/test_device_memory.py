@@ -59,7 +59,7 @@ def calibrated(
         model.to(counted_device().device)
     report = quantize_(
         model,
-        mbq_config(data, group_size=32, **options),
+        mbq_config(data, group_size=32, **({"recipe": "mbq"} | options)),
         compute_device=None if model_there else "counted",
         progress=False,
     )
@@ -120,7 +120,7 @@ def phases(num_layers: int, num_batches: int) -> dict[str, int]:
         measured("sensitivity", partial(sensitivity, placement=placement))
     for name, options in {"all": {"n_grid": 3}, "gptq": {"recipe": "gptq"}}.items():
         model = build_model("llava", num_hidden_layers=num_layers)
-        config = mbq_config(data, group_size=64, **options)
+        config = mbq_config(data, group_size=64, **({"recipe": "mbq"} | options))
         measured(name, partial(quantize_, model, config, compute_device="counted", progress=False))
     gc.collect()
     state = partial(estimate, model_of_the_same_size(num_layers), num_batches, _TOKENS, answer_tokens=3)
@@ -159,7 +159,7 @@ def interrupted() -> None:
                 raise KeyboardInterrupt
 
         handle = model.get_decoder().layers[1].mlp.register_forward_pre_hook(hook)
-        config = mbq_config([build_batch("llava")], group_size=32, n_grid=2)
+        config = mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq")
         with pytest.raises(KeyboardInterrupt):
             quantize_(model, config, compute_device="counted", progress=False)
         handle.remove()
@@ -172,7 +172,7 @@ def test_interrupted(there: Callable[..., Any]) -> None:
 
 def moved() -> set[str]:
     model = build_model("llava")
-    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2)
+    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq")
     quantize_(model, config, device="counted", progress=False)
     return {p.device.type for p in (*model.parameters(), *model.buffers())}
 

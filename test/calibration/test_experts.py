@@ -84,7 +84,7 @@ def test_only_rounding_changes_the_function(family: str, precision: Any, monkeyp
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "llama4", "gpt_oss"])
 def test_other_recipes(family: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     searches = {} if options.get("recipe") == "smoothquant" else {"n_grid": 3}
-    config = mbq_config(batches_for(family), group_size=32, **options, **searches)
+    config = mbq_config(batches_for(family), group_size=32, **({"recipe": "mbq"} | options), **searches)
     model = build_model(family)
     report = quantize_(model, config, progress=False)
     assert report is not None and report.logits_error < 1e-5 and report.experts[0].num_tokens

@@ -23,7 +23,7 @@ from mbq_ao.int3_tensor import MBQInt3Tensor
 from mbq_ao.packed_weight import PackedWeight
 from mbq_ao.quant_primitives import choose_qparams_affine, choose_scale_symmetric
 
-PLAIN = replace(RECIPES["best"], scaled=False)
+PLAIN = replace(RECIPES["mbq"], scaled=False)
 COMPENSATED = replace(PLAIN, compensated=True)
 
 
@@ -39,7 +39,7 @@ def calib_data(family: str, number: int = 4) -> list[dict[str, Any]]:
 
 
 def quantized(model: nn.Module, data: list[dict[str, Any]], recipe: Recipe, **options: Any) -> CalibrationReport:
-    config = mbq_config(data, **{"recipe": "best", "n_grid": 3, "group_size": 32, **options})
+    config = mbq_config(data, **{"recipe": "mbq", "n_grid": 3, "group_size": 32, **options})
     plan, report = calibrate(model, data, replace(config.settings(), recipe=recipe), progress=False)
     plan.apply(model)
     return report
@@ -69,7 +69,7 @@ def packed_linears(model: nn.Module) -> Iterator[tuple[str, PackedWeight]]:
 
 def sensitivities(family: str, data: list[dict[str, Any]], **options: Any) -> dict[str, float | None]:
     """Of each linear, from a calibration that scales channels and reports on it."""
-    report = quantized(build_model(family), data, RECIPES["best"], **options)
+    report = quantized(build_model(family), data, RECIPES["mbq"], **options)
     return {f"{g.block}.{name}": g.sensitivity for g in report.groups for name in g.linears}
 
 

@@ -32,7 +32,7 @@ def interrupting(model: nn.Module, at_call: int) -> Callable[..., Any]:
 def test_interrupted(model: nn.Module, at_call: int, precision: Any) -> None:
     handle = model.get_decoder().layers[1].register_forward_pre_hook(interrupting(model, at_call))
     before = snapshot(model)
-    config = mbq_config([build_batch("llava")], precision=precision, group_size=32, n_grid=2)
+    config = mbq_config([build_batch("llava")], precision=precision, group_size=32, n_grid=2, recipe="mbq")
     with pytest.raises(KeyboardInterrupt):
         quantize_(model, config, progress=False)
     handle.remove()
@@ -59,7 +59,7 @@ def test_a_quantizer_that_fails(
 
     for name in ("stand_in", "quantize"):
         monkeypatch.setattr(quantizer, name, failing(getattr(quantizer, name)))
-    config = mbq_config([build_batch("llava")], precision=precision, group_size=32, n_grid=2)
+    config = mbq_config([build_batch("llava")], precision=precision, group_size=32, n_grid=2, recipe="mbq")
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
         quantize_(model, config, progress=False)
     assert_unchanged(model, before)
@@ -76,7 +76,7 @@ def test_interrupted_while_the_plan_is_applied(model: nn.Module, monkeypatch: py
 
     before = snapshot(model)
     plan, _ = mbq.calibrate(
-        model, [build_batch("llava")], mbq_config([], group_size=32, n_grid=2).settings(), progress=False
+        model, [build_batch("llava")], mbq_config([], group_size=32, n_grid=2, recipe="mbq").settings(), progress=False
     )
     assert_unchanged(model, before)
     with monkeypatch.context() as patch:
@@ -102,7 +102,12 @@ def test_a_move_that_fails_leaves_nothing_quantized(model: nn.Module, monkeypatc
 
     monkeypatch.setattr(nn.Module, "to", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
-        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), device="cpu", progress=False)
+        quantize_(
+            model,
+            mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq"),
+            device="cpu",
+            progress=False,
+        )
     monkeypatch.undo()
     assert_unchanged(model, before)
 
@@ -117,7 +122,7 @@ def test_interrupted_before_the_sensitivity_pass_has_begun(model: nn.Module, mon
     trainable = [p.requires_grad for p in model.parameters()]
     monkeypatch.setattr(sensitivity, "partial", interrupting_partial)
     with pytest.raises(KeyboardInterrupt):
-        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq"), progress=False)
     assert_unchanged(model, before)
     assert [p.requires_grad for p in model.parameters()] == trainable
 
@@ -132,7 +137,7 @@ def test_interrupted_while_switching_to_evaluation(model: nn.Module, monkeypatch
 
     monkeypatch.setattr(type(model), "eval", interrupting_eval)
     with pytest.raises(KeyboardInterrupt):
-        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+        quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq"), progress=False)
     assert all(module.training for module in model.modules())
 
 
@@ -140,7 +145,7 @@ def test_training_mode_is_restored(model: nn.Module) -> None:
     model.train()
     model.get_decoder().layers[0].eval()
     modes = {name: module.training for name, module in model.named_modules()}
-    quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+    quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq"), progress=False)
     assert {name: module.training for name, module in model.named_modules()} == modes
 
 
@@ -148,7 +153,7 @@ def test_parameters_stay_trainable_or_frozen(model: nn.Module) -> None:
     layers = model.get_decoder().layers
     layers[0].input_layernorm.weight.requires_grad_(False)
     before = {name: p.requires_grad for name, p in model.named_parameters()}
-    quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2), progress=False)
+    quantize_(model, mbq_config([build_batch("llava")], group_size=32, n_grid=2, recipe="mbq"), progress=False)
     for name, parameter in model.named_parameters():
         assert parameter.requires_grad == (before[name] and not isinstance(parameter, MBQInt3Tensor)), name
     assert layers[1].input_layernorm.weight.requires_grad

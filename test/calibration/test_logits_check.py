@@ -24,7 +24,7 @@ def model() -> nn.Module:
 
 
 def config(**options: Any) -> Any:
-    return mbq_config([build_batch("llama")], group_size=32, n_grid=3, **options)
+    return mbq_config([build_batch("llama")], group_size=32, n_grid=3, **({"recipe": "mbq"} | options))
 
 
 def quantize_fails(model: nn.Module, error: type[Exception], **options: Any) -> str:

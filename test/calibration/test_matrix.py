@@ -75,7 +75,9 @@ def test_quantize(family: str, precision: Any) -> None:
     assert {name.rpartition(".")[0] for name in blocks} == {FAMILIES[family].layers}
     reference = allowed_logits(model, batches[0])
 
-    report = quantize_(model, mbq_config(batches, precision=precision, group_size=32, n_grid=3), progress=False)
+    report = quantize_(
+        model, mbq_config(batches, precision=precision, group_size=32, n_grid=3, recipe="mbq"), progress=False
+    )
 
     assert report is not None and report.groups
     assert (report.settings["precision"], report.settings["group_size"]) == (precision, 32)
@@ -143,7 +145,9 @@ def test_the_page_on_models_has_all_families() -> None:
 def test_quantize_half_precision(family: str, dtype: torch.dtype, precision: Any) -> None:
     model = build_model(family, dtype)
     batches = [float_inputs(build_batch(family, n, seed=n), dtype) for n in (9, 12)]
-    config = mbq_config(batches, precision=precision, group_size=32, n_grid=3, propagate_error=precision == "w4a8")
+    config = mbq_config(
+        batches, precision=precision, group_size=32, n_grid=3, propagate_error=precision == "w4a8", recipe="mbq"
+    )
     report = quantize_(model, config, progress=False)
     assert report is not None and 0 < report.logits_error < 0.1
     assert {p.dtype for p in model.parameters()} == {dtype}
@@ -164,7 +168,7 @@ def test_quantize_half_precision(family: str, dtype: torch.dtype, precision: Any
     ],
 )
 def test_the_group_size_decided(options: dict[str, Any], decided: int | None) -> None:
-    config = mbq_config([build_batch("llava")], **options)
+    config = mbq_config([build_batch("llava")], **({"recipe": "mbq"} | options))
     assert config.group_size == decided
     if config.precision == "w4a8":
         model = build_model("llava")
@@ -199,7 +203,9 @@ def test_the_loss_of_the_search_is_that_of_the_served_module(
 
     before = mlp_outputs()
     chosen = lambda module, fqn: "layers.0." in fqn and fqn.rpartition(".")[2] in names.split()  # noqa: E731
-    config = mbq_config(batches, precision=precision, group_size=32, n_grid=5, balance=False, filter_fn=chosen)
+    config = mbq_config(
+        batches, precision=precision, group_size=32, n_grid=5, balance=False, filter_fn=chosen, recipe="mbq"
+    )
     report = quantize_(model, config, progress=False)
     assert report is not None
     (group,) = report.groups
@@ -227,7 +233,7 @@ def test_a_wrong_fold_is_caught_by_the_logits(family: str, monkeypatch: pytest.M
     model = build_model(family)
     before = snapshot(model)
     with pytest.raises(RuntimeError, match="folding the scales changes the logits by"):
-        quantize_(model, mbq_config([build_batch(family)], group_size=32, n_grid=3), progress=False)
+        quantize_(model, mbq_config([build_batch(family)], group_size=32, n_grid=3, recipe="mbq"), progress=False)
     assert_unchanged(model, before)
 
 
@@ -246,7 +252,7 @@ def quantize_losslessly(
     for quantizer in (W3A16Quantizer, W4A8Quantizer):
         monkeypatch.setattr(quantizer, "quantize", keep)
     monkeypatch.setattr("mbq_ao.pretrained.attach", lambda *args: None)  # no quantized weights to tell of
-    config = mbq_config(batches, **{"recipe": "best", "group_size": 32, "n_grid": 4, **options})
+    config = mbq_config(batches, **{"recipe": "mbq", "group_size": 32, "n_grid": 4, **options})
     report = quantize_(model, config, filter_fn, progress=False)
     assert report is not None and any(g.alpha > 0 for g in report.groups)
     with torch.no_grad():
@@ -268,7 +274,7 @@ def ends_with(names: str) -> Any:
     return lambda module, fqn: fqn.rpartition(".")[2] in names.split()
 
 
-@pytest.mark.parametrize("recipe", ["best", "paper"])
+@pytest.mark.parametrize("recipe", ["mbq", "paper"])
 @pytest.mark.parametrize("family", ["llava", "phi3", "cohere"])
 @pytest.mark.parametrize("names", ["q_proj qkv_proj", "v_proj down_proj", "k_proj gate_proj gate_up_proj"])
 def test_linears_that_are_left_out(family: str, names: str, recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,7 +286,7 @@ def test_linears_that_are_left_out(family: str, names: str, recipe: str, monkeyp
 def test_both_filters_choose_what_is_quantized() -> None:
     model = build_model("llava")
     chosen = ends_with("q_proj o_proj down_proj")
-    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2, filter_fn=chosen)
+    config = mbq_config([build_batch("llava")], group_size=32, n_grid=2, filter_fn=chosen, recipe="mbq")
     report = quantize_(model, config, lambda module, fqn: "layers.1" in fqn, progress=False)
     quantized = [n for n, p in model.named_parameters() if isinstance(p, MBQInt3Tensor)]
     layer = "model.language_model.layers.1"

@@ -30,7 +30,9 @@ def peak(*, num_layers: int, num_batches: int, propagate_error: bool = False, pr
     data = [build_batch("llava", num_text=40, seed=i) for i in range(num_batches)]
     inputs = [value for batch in data for value in batch.values()]
     with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
-        config = mbq_config(data, precision=precision, group_size=64, n_grid=3, propagate_error=propagate_error)
+        config = mbq_config(
+            data, precision=precision, group_size=64, n_grid=3, propagate_error=propagate_error, recipe="mbq"
+        )
         quantize_(model, config, progress=False)
     return live.peak
 
@@ -94,7 +96,7 @@ def test_the_peak_with_experts(num_batches: int, propagate_error: bool) -> None:
     data = [build_batch("qwen3_moe", tokens, seed=i) for i in range(num_batches)]
     inputs = [value for batch in data for value in batch.values()]
     with LiveBytes([*model.parameters(), *model.buffers(), *inputs]) as live:
-        options = mbq_config(data, group_size=64, n_grid=3, propagate_error=propagate_error)
+        options = mbq_config(data, group_size=64, n_grid=3, propagate_error=propagate_error, recipe="mbq")
         report = quantize_(model, options, progress=False)
     assert report is not None
     of_experts = 3.5 * 4 * num_batches * tokens * experts_a_token * width
@@ -108,5 +110,5 @@ def test_all_experts_of_a_block_are_not_copied_more_often_than_a_dense_block() -
     block = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
     data = build_batch("qwen3_moe", 20)
     with LiveBytes([*model.parameters(), *model.buffers(), *data.values()]) as live:
-        report = quantize_(model, mbq_config([data], group_size=64, n_grid=3), progress=False)
+        report = quantize_(model, mbq_config([data], group_size=64, n_grid=3, recipe="mbq"), progress=False)
     assert report is not None and live.peak <= report.nbytes_after + 3.5 * block

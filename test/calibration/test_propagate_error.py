@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:no vision token found")
 
 
 def losses_of(batch: dict[str, Tensor], **options: Any) -> list[list[float]]:
-    config = mbq_config([batch], group_size=GROUP_SIZE, n_grid=N_GRID, balance=False, **options)
+    config = mbq_config([batch], group_size=GROUP_SIZE, n_grid=N_GRID, balance=False, **({"recipe": "mbq"} | options))
     report = quantize_(build_model("llama_mha"), config, progress=False)
     assert report is not None
     assert all(g.alpha == g.losses.index(min(g.losses)) / N_GRID for g in report.groups)
@@ -39,7 +39,8 @@ def test_best_mode_does_not_see_padding(padded: dict[str, Tensor]) -> None:
     config = {"group_size": GROUP_SIZE, "n_grid": N_GRID, "balance": False}
     alone = [build_batch("llama_mha", num_text=14), build_batch("llama_mha", num_text=10, seed=2)]
     reports = [
-        quantize_(build_model("llama_mha"), mbq_config(data, **config), progress=False) for data in ([padded], alone)
+        quantize_(build_model("llama_mha"), mbq_config(data, **({"recipe": "mbq"} | config)), progress=False)
+        for data in ([padded], alone)
     ]
     first, second = ([g.losses for g in report.groups] for report in reports if report is not None)
     for a, b in zip(first, second, strict=True):

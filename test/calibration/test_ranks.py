@@ -50,7 +50,7 @@ def calibrated(
     data = calib_data(family, number)
     if dtype != torch.float32:
         data = [{k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.items()} for batch in data]
-    config = mbq_config(data, **{"group_size": 32, "n_grid": 3, **options})
+    config = mbq_config(data, **{"recipe": "mbq", "group_size": 32, "n_grid": 3, **options})
     report = quantize_(model, config, device=device, progress=False, work_dir=work_dir, distributed=distributed)
     assert report is not None
     return parts_of(model), report
@@ -92,7 +92,12 @@ def refusals(rank: int, kind: str, places: list[str]) -> list[str]:
         with pytest.raises(BaseException) as caught, contextlib.ExitStack() as stack:
             if rank == 1:
                 stack.enter_context(going_wrong(kind, where))
-            quantize_(model, mbq_config(calib_data("llava"), group_size=32, n_grid=2), progress=False, device="cpu")
+            quantize_(
+                model,
+                mbq_config(calib_data("llava"), group_size=32, n_grid=2, recipe="mbq"),
+                progress=False,
+                device="cpu",
+            )
         assert_unchanged(model, before)
         assert all(not m.training for m in model.modules())
         texts.append(f"{caught.typename}: {caught.value}")
@@ -260,7 +265,7 @@ def disagreeing(rank: int, what: str) -> str:
             options["vision"] = Int8WeightOnlyConfig()
     before = snapshot(model)
     with pytest.raises((ValueError, RuntimeError)) as caught:
-        quantize_(model, mbq_config(data, **options), progress=False)
+        quantize_(model, mbq_config(data, **({"recipe": "mbq"} | options)), progress=False)
     assert_unchanged(model, before)
     return str(caught.value)
 
@@ -337,7 +342,7 @@ def refused_folder(rank: int, folder: Path) -> str:
     model = build_model("llava")
     before = snapshot(model)
     with pytest.raises((ValueError, RuntimeError)) as caught:
-        quantize_(model, mbq_config(calib_data("llava"), group_size=32), progress=False, work_dir=folder)
+        quantize_(model, mbq_config(calib_data("llava"), group_size=32, recipe="mbq"), progress=False, work_dir=folder)
     assert_unchanged(model, before)
     return f"{type(caught.value).__name__}: {caught.value}"
 
@@ -358,7 +363,7 @@ def wrapped(rank: int) -> list[str]:
     model = build_model("llava")
     for sharded in (torch.nn.parallel.DistributedDataParallel(model), fully_shard(model)):
         with pytest.raises(ValueError) as caught:
-            quantize_(sharded, mbq_config(calib_data("llava"), group_size=32), progress=False)
+            quantize_(sharded, mbq_config(calib_data("llava"), group_size=32, recipe="mbq"), progress=False)
         texts.append(str(caught.value))
     return texts
 

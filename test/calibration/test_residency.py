@@ -139,7 +139,7 @@ def test_with_a_device_the_result_is_the_same(propagate_error: bool, precision: 
     reports, models = [], []
     for device in (None, "cpu", torch.device("cpu")):
         model = build_model("qwen3_vl")
-        config = mbq_config([build_batch("qwen3_vl")], **options)
+        config = mbq_config([build_batch("qwen3_vl")], **({"recipe": "mbq"} | options))
         reports.append(quantize_(model, config, device=device, progress=False))
         models.append(model)
     for report, model in zip(reports[1:], models[1:], strict=True):
@@ -156,8 +156,8 @@ def test_a_model_on_the_host_is_calibrated_on_the_gpu(family: str) -> None:
     batches = [float_inputs(build_batch(family, n, seed=n), torch.bfloat16) for n in (9, 12)]
     config = {"group_size": 32, "n_grid": 5}
     here, there = build_model(family, torch.bfloat16), build_model(family, torch.bfloat16)
-    expected = quantize_(here.cuda(), mbq_config(batches, **config), progress=False)
-    actual = quantize_(there, mbq_config(batches, **config), device="cuda", progress=False)
+    expected = quantize_(here.cuda(), mbq_config(batches, **({"recipe": "mbq"} | config)), progress=False)
+    actual = quantize_(there, mbq_config(batches, **({"recipe": "mbq"} | config)), device="cuda", progress=False)
     assert expected is not None and actual is not None
     assert devices(there) == {"cuda"}
     for a, b in zip(actual.groups, expected.groups, strict=True):

@@ -343,7 +343,7 @@ def quantize(family: str, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tu
         return check_logits(model, blocks, found, *rest)
 
     monkeypatch.setattr(mbq, "check_logits", spy)
-    config = mbq_config([build_batch(family)], group_size=32, n_grid=4, **options)
+    config = mbq_config([build_batch(family)], group_size=32, n_grid=4, **({"recipe": "mbq"} | options))
     return quantize_(build_model(family), config, progress=False), scalings
 
 

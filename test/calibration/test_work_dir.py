@@ -56,7 +56,7 @@ def calibrated(
 ) -> Result:
     """Everything in the model after one call, and its report."""
     model = model or build()
-    config = mbq_config(calib_data(), **{"group_size": 32, "n_grid": 2, **options})
+    config = mbq_config(calib_data(), **{"recipe": "mbq", "group_size": 32, "n_grid": 2, **options})
     report = quantize_(model, config, device=device, progress=False, work_dir=folder)
     assert report is not None
     return parts_of(model), report
@@ -168,7 +168,9 @@ def test_what_does_not_matter(copied: Path, tmp_path: Path) -> None:
     build().save_pretrained(tmp_path / "checkpoint")
     model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "checkpoint")
     model.register_buffer("memory", torch.rand(1), persistent=False)
-    config = mbq_config(iter(calib_data()), group_size=32, n_grid=2, vision=Int3WeightOnlyConfig(group_size=32))
+    config = mbq_config(
+        iter(calib_data()), group_size=32, n_grid=2, vision=Int3WeightOnlyConfig(group_size=32), recipe="mbq"
+    )
     report = quantize_(model, config, progress=False, work_dir=str(copied))
     assert report is not None and report.num_resumed == NUM_LAYERS and report.vision
 

@@ -53,7 +53,7 @@ def test_unpacked_weights_compute_the_same(family: str) -> None:
     """With factors of the activations, and transposed experts."""
     model, batch = build_model(family), build_batch(family, 20)
     with torch.enable_grad():
-        quantize_(model, mbq_config([batch], group_size=32, n_grid=3, balance=False), progress=False)
+        quantize_(model, mbq_config([batch], group_size=32, n_grid=3, balance=False, recipe="mbq"), progress=False)
     packed = [p for p in model.parameters() if isinstance(p, PackedWeight)]
     assert any(p.act_pre_scale is not None for p in packed)
     expected = model(**model_inputs(batch)).logits

@@ -63,7 +63,9 @@ def test_a_sharded_checkpoint(rounded: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_experts_and_a_calibrated_checkpoint(tmp_path: Path) -> None:
     """gpt-oss has transposed experts, and biases in 2-D parameters beside them."""
     model = build_model("gpt_oss")
-    config = mbq_config([build_batch("gpt_oss", 9)], precision="w4a8", group_size=32, n_grid=1, balance=False)
+    config = mbq_config(
+        [build_batch("gpt_oss", 9)], precision="w4a8", group_size=32, n_grid=1, balance=False, recipe="mbq"
+    )
     quantize_(model, config, progress=False)
     model.save_pretrained(tmp_path / "m")
     shown = document("inspect", tmp_path / "m", "--plot", tmp_path / "pictures")
@@ -81,7 +83,7 @@ def test_the_checkpoint_of_format_version_1() -> None:
 @pytest.mark.filterwarnings("ignore:no vision token found")
 def test_a_file_and_quick(tmp_path: Path) -> None:
     model = build_model("llama")
-    quantize_(model, mbq_config([build_batch("llama", 9)], n_grid=2, balance=False), progress=False)
+    quantize_(model, mbq_config([build_batch("llama", 9)], n_grid=2, balance=False, recipe="mbq"), progress=False)
     save_safetensors(model, tmp_path / "model.safetensors")
     shown = document("inspect", tmp_path / "model.safetensors", "--verify")
     assert_as_loaded(shown, model)

@@ -23,7 +23,7 @@ def test_evaluation_on_unpacked_weights_is_evaluation_of_the_served_model(
 ) -> None:
     batch = build_batch("olmo2", num_text=40)  # gives some weights an act_pre_scale
     model = build_model("olmo2", dtype)
-    config = mbq_config([batch], precision=precision, group_size=32, n_grid=3, balance=False)
+    config = mbq_config([batch], precision=precision, group_size=32, n_grid=3, balance=False, recipe="mbq")
     quantize_(model, config, progress=False)
     unpacked = unpacked_once(model)
     kept = [m.weight for m in unpacked.modules() if isinstance(m, nn.Linear) and isinstance(m.weight, PackedWeight)]

@@ -81,7 +81,7 @@ def test_plain_then_calibrated(tmp_path: Path) -> None:
     model = import_checkpoint(tmp_path / "awq", "plain", dtype=torch.float32)
     for name, weight in written.items():
         assert torch.equal(model.get_parameter(name).half(), weight), name
-    report = quantize_(model, mbq_config([build_batch("llama")], group_size=64, n_grid=2), progress=False)
+    report = quantize_(model, mbq_config([build_batch("llama")], group_size=64, n_grid=2, recipe="mbq"), progress=False)
     assert report is not None and len(quantized(model, MBQInt3Tensor)) == len(written)
     model.save_pretrained(tmp_path / "ours")
     assert torch.equal(logits(from_pretrained(tmp_path / "ours")), logits(model))

@@ -81,7 +81,7 @@ def test_calibrated_with_act_pre_scale(tmp_path: Path) -> None:
     """Attached to our quantizer before and after; act_pre_scale goes along, also into torchao's own tensor."""
     model = build_model("olmo2")
     data = [build_batch("olmo2", 9)]
-    quantize_(model, mbq_config(data, precision="w4a8", n_grid=3), progress=False)
+    quantize_(model, mbq_config(data, precision="w4a8", n_grid=3, recipe="mbq"), progress=False)
     assert any(w.act_pre_scale is not None for w in packed_weights(model).values())
     quantizer = model.hf_quantizer
     for stock in (False, True):
