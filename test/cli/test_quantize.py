@@ -46,7 +46,7 @@ def test_it_does_what_the_python_calls_do(llava: Path, tmp_path: Path) -> None:
     data = calibration_data(
         llava / "conversations.jsonl", build_processor("llava"), image_folder=llava, n_samples=2, seed=1
     )
-    report = quantize_(expected, mbq_config(data, group_size=32, recipe="mbq"), progress=False)
+    report = quantize_(expected, mbq_config(data, group_size=32), progress=False)
     assert report is not None
     assert_same_weights(from_pretrained(out), expected)
     assert AutoProcessor.from_pretrained(out).chat_template == build_processor("llava").chat_template
