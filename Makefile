@@ -9,12 +9,16 @@ WORKERS := -n 3 --dist loadfile --no-loadscope-reorder
 # Without compiled files each of the tests' processes would compile torch and transformers anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-all lint docs notebooks clean
+.PHONY: demo test fast-tests test-all lint docs notebooks clean
 
 demo: $(VENV)/.ready
 	$(BIN)/python -m mbq_ao demo
 
-test: $(VENV)/.ready lint
+# Linting takes one core for half a minute, so it goes on beside the first tests.
+test: $(VENV)/.ready
+	$(MAKE) --no-print-directory -j 2 lint fast-tests
+
+fast-tests: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not benchmark" $(WORKERS)
 
 test-all: $(VENV)/.ready lint

@@ -108,7 +108,7 @@ def test_a_calibrated_model(precision: str, tmp_path: Path) -> None:
         "format_version": 1,
         "precision": precision,
         "group_size": 64,
-        "recipe": "best",
+        "recipe": "mbq",
         "num_weights": 14,
         "parameters": {"weight": False},
         "dtype": "float32",

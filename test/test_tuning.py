@@ -67,6 +67,7 @@ def test_many_rows_may_be_dequantized(kind: object) -> None:
     assert choose(300, 96, 128, 64, torch.bfloat16, CPU) == choose(64, 96, 128, 64, torch.bfloat16, CPU) == kind
 
 
+@pytest.mark.benchmark  # half a minute in the interpreter
 def test_every_candidate_computes_the_same() -> None:
     """The real thing but for the clock: all of them run."""
     results: dict[Any, Tensor] = {}

@@ -138,7 +138,9 @@ def all_of(rank: int, cases: list[dict[str, Any]]) -> list[Result]:
     return [calibrated(**case) for case in cases]
 
 
-@pytest.mark.parametrize("size", CASES)
+@pytest.mark.parametrize(
+    "size", [pytest.param(2, marks=pytest.mark.benchmark), 3]
+)  # two take three quarters of a minute
 def test_the_same_as_one_process(size: int, tmp_path: Path) -> None:
     results = on_ranks(size, tmp_path, all_of, cases=CASES[size])
     for i, case in enumerate(CASES[size]):

@@ -284,7 +284,7 @@ def test_another_config(finished: Path) -> None:
         text.replace(str(finished), "FOLDER"),
         """\
 work_dir 'FOLDER' is of another run; pass another folder, or delete this one. What differs:
-  recipe: 'best' in work_dir, 'paper' in this call
+  recipe: 'mbq' in work_dir, 'paper' in this call
   quantizer: W3A16Quantizer(group_size=32) in work_dir, W4A8Quantizer(group_size=None) in this call
   balance: True in work_dir, False in this call
   loss: 'mae' in work_dir, 'mse' in this call
