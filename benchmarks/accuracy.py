@@ -128,10 +128,11 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="measure nothing; write what has been measured")
     options = parser.parse_args()
     if options.methods == ["all"]:
-        options.methods = list(METHODS)
+        options.methods = [name for name, method in METHODS.items() if method.can(options.precision)]
     for name in options.methods:
         try:
-            method_of(name)
+            if not method_of(name).can(options.precision):
+                parser.error(f"{name} rounds weights only, and {options.precision} activations as well: leave it out")
         except ValueError as error:
             parser.error(str(error))
     if options.table:

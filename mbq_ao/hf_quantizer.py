@@ -216,9 +216,11 @@ class MBQHfQuantizer(HfQuantizer):
                 module, parameter = get_module_from_name(model, name)
                 weight = module._parameters[parameter].data.to(self.dtype)
                 module._parameters[parameter] = nn.Parameter(weight, requires_grad=False)
-        for name, parameter in model.named_parameters():
-            if not isinstance(parameter, PackedWeight):
-                parameter.data = parameter.data.to(self.plain_dtypes.get(name, parameter.dtype))
+        plain = {
+            n: p for n, p in model.named_parameters() if n in self.plain_dtypes and not isinstance(p, PackedWeight)
+        }
+        for name, parameter in plain.items():
+            parameter.data = parameter.data.to(self.plain_dtypes[name])
         attach(model, config=self.quantization_config)
         return model
 

@@ -203,8 +203,8 @@ def mbq_config(
     group_size: 32, 64 or 128 input channels share a scale; None: one scale a row. "auto" is 128 for w3a16 and None
         for w4a8. The published code knows no groups for w4a8: there recipe="paper" has one scale a row, whatever
         is given. `group_size` of the config returned is what was decided.
-    recipe: "mbq" is the corrected calibration of the paper, and "best" what has been measured to be best, today the
-        same. "paper" computes what the published code computes, number
+    recipe: "mbq" is the corrected calibration of the paper. "best" is today another name for it, and will become what
+        benchmarks/accuracy.py finds best. "paper" computes what the published code computes, number
         for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
         scaled only where v_proj has its shape, and what no producer can take is not scaled.
         To reproduce the paper on several samples, pass them as one padded batch, as its code does. It knows no

@@ -22,8 +22,10 @@ PLAIN = replace(SCALES, scaled=False)
 def round_by_hqq(w: Tensor, *, group_size: int, num_bits: int) -> Tensor:
     """Half-quadratic quantization (Badri and Shaji 2023), torchao's; its zero points are not whole numbers.
 
-    Raises AssertionError where the groups do not fill the rows.
+    Raises ValueError where the groups do not fill the rows.
     """
+    if w.shape[1] % group_size:
+        raise ValueError(f"HQQ needs groups that fill the rows, got groups of {group_size} for {w.shape[1]} columns")
     q, scale, zero, _ = _choose_qparams_and_quantize_affine_hqq(
         w, num_bits, group_size, compute_dtype=torch.float32, device=str(w.device), raw_output=True
     )
@@ -38,6 +40,9 @@ class Method:
     recipe: Recipe
     settings: dict[str, Any] = field(default_factory=dict)
     rounding: Callable[..., Tensor] = fake_quantize_affine
+
+    def can(self, precision: str) -> bool:
+        return precision != "w4a8" or self.rounding is fake_quantize_affine
 
 
 UNBALANCED = {"balance": False}
@@ -122,8 +127,6 @@ def settings_for(
     config = mbq_config(calib, precision="w4a8" if precision == "w4a8" else "w3a16", **method.settings)
     settings = replace(config.settings(), recipe=method.recipe)
     if precision == "w4a8":
-        if method.rounding is not fake_quantize_affine:
-            raise ValueError("this method rounds weights only: leave it out with w4a8")
         return settings
     return replace(settings, quantizer=FakeQuantizer(int(precision[1]), group_size, method.rounding))
 

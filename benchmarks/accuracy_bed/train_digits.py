@@ -3,6 +3,9 @@
 The second bed's model: the demo VLM's architecture, language model and training (mbq_ao/demo/train.py says how it
 goes), on scenes of handwritten digits instead of coloured shapes. In the first stage a digit's left patches learn to
 spell its ink and its right ones the digit.
+
+The file here: one core of an AMD EPYC with other work on the second, torch 2.13.0+cpu; 15 minutes for the vision stage
+and 36 for 220 joint steps. Of 310 validation questions it answers 78.1% exactly, at 0.55 nats a reply.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import argparse
 import pathlib
 import random
 import sys
+from functools import partial
 
 import torch
 
@@ -19,7 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 from accuracy_bed.digit_scenes import BOARD, INKS, WORDS, load_digit_vqa, load_scenes
 from mbq_ao.demo.data import group_by_image
 from mbq_ao.demo.model import NUM_PATCHES, build_untrained
-from mbq_ao.demo.train import LowRank, SpelledImages, save_trained_part, train_jointly, train_vision
+from mbq_ao.demo.train import SpelledImages, save_trained_part, train_jointly, train_vision
 
 NUM_SCENES, VISION_STEPS, JOINT_STEPS = 6000, 500, 220
 
@@ -52,11 +56,7 @@ def main() -> None:
         return SpelledImages(pixels[pick], spelled[pick], spelled[pick] != len(words) - 1)
 
     train_vision(model, processor, words, draw, arguments.vision_steps)
-
-    def save(low_rank: dict[str, LowRank], step: int) -> None:
-        metadata = {"seed": str(arguments.seed), "joint_steps": str(step)}
-        save_trained_part(model, low_rank, arguments.out, metadata)
-
+    save = partial(save_trained_part, model, path=arguments.out, seed=arguments.seed)
     train_jointly(model, processor, groups, pixels, arguments.steps, rng, save)
 
 

@@ -22,6 +22,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -211,15 +212,16 @@ def add_low_rank(model: LlavaForConditionalGeneration) -> dict[str, LowRank]:
 
 
 def save_trained_part(
-    model: LlavaForConditionalGeneration, low_rank: dict[str, LowRank], path: Path, metadata: dict[str, str]
+    model: LlavaForConditionalGeneration, low_rank: dict[str, LowRank], path: Path, *, seed: int, step: int
 ) -> None:
     """Writes tower, projector and low-rank factors as bf16 safetensors, whole or not at all."""
+    metadata = {"seed": str(seed), "joint_steps": str(step)}
     tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if is_trained_directly(n)}
     for name, wrapper in low_rank.items():
         tensors |= {f"{name}.down": wrapper.down, f"{name}.up": wrapper.up}
-    partial = path.with_suffix(".partial")
-    save_file({n: t.detach().to(torch.bfloat16).contiguous() for n, t in tensors.items()}, partial, metadata)
-    partial.replace(path)
+    unfinished = path.with_suffix(".partial")
+    save_file({n: t.detach().to(torch.bfloat16).contiguous() for n, t in tensors.items()}, unfinished, metadata)
+    unfinished.replace(path)
 
 
 def train_jointly(
@@ -229,10 +231,10 @@ def train_jointly(
     pixels: Tensor,
     steps: int,
     rng: random.Random,
-    save: Callable[[dict[str, LowRank], int], None],
+    save: Callable[..., None],
     augment: Callable[[Tensor], Tensor] = lambda pixels: pixels,
 ) -> None:
-    """Stage 2 for `steps`, in place.  save(low_rank, step) is called now and then, and at the end.
+    """Stage 2 for `steps`, in place.  save(low_rank, step=number) is called now and then, and at the end.
 
     augment: changes pixels (B, 3, 64, 64) in a way that leaves every answer true.
     """
@@ -270,7 +272,7 @@ def train_jointly(
             )
             losses, hits = [], []
         if step % 25 == 0 or step == steps:
-            save(low_rank, step)
+            save(low_rank, step=step)
 
 
 def main() -> None:
@@ -286,11 +288,7 @@ def main() -> None:
     pixels = processor.image_processor([group[0].image for group in groups], return_tensors="pt")["pixel_values"]
     labels = [shape_and_color(group) for group in groups]
     train_vision(model, processor, SHAPE_WORDS, shape_images(pixels, labels, rng))
-
-    def save(low_rank: dict[str, LowRank], step: int) -> None:
-        metadata = {"seed": str(arguments.seed), "joint_steps": str(step)}
-        save_trained_part(model, low_rank, arguments.out, metadata)
-
+    save = partial(save_trained_part, model, path=arguments.out, seed=arguments.seed)
     train_jointly(
         model, processor, groups, pixels, arguments.steps, rng, save, augment=lambda images: move_shapes(images, rng)
     )
