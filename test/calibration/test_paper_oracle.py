@@ -267,9 +267,11 @@ def test_paper_mode(
     report = quantize_(model, config, progress=False)
     assert report is not None
     assert len(report.groups) == len(records)
+    # What lies between two whole numbers may be rounded to either, by the CPU's last bits.
+    tolerance = 1e-3 if precision == "w4a8" else 1e-4
     for group, (producer, linears, r, losses) in zip(report.groups, records, strict=True):
         assert (f"{group.block}.{group.producer}", tuple(group.linears)) == (producer, linears)
-        assert group.losses == pytest.approx(losses, rel=1e-4)
+        assert group.losses == pytest.approx(losses, rel=tolerance)
         assert round(group.alpha * N_GRID) == losses.index(min(losses))
         assert group.sensitivity == (None if r is None else pytest.approx(r, rel=1e-5))
     for name, parameter in model.named_parameters():
