@@ -4,7 +4,7 @@
     python benchmarks/accuracy.py --bed shapes --precision w3a16 --split test --table
 
 The second writes what has been measured to results/accuracy_*.{json,md}. A run (bed, precision, method, seed) is kept
-in benchmarks/accuracy_runs/ question by question and not repeated, so that a long comparison may be made in parts. Of
+in results/accuracy_runs/ question by question and not repeated, so that a long comparison may be made in parts. Of
 each: accuracy, negative log-likelihood of the replies and KL divergence to full precision in nats a reply, flips, nats
 a token of plain text (which calibration on images must not damage), and the seconds it took. Methods are compared on
 the same questions, draw by draw of the calibration data; standard errors are over the draw of images.
@@ -24,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,9 +34,9 @@ from accuracy_bed.methods import METHODS, method_of, quantize
 from accuracy_bed.table import FULL_PRECISION, load_runs, markdown, summary
 from small_vlm import device_name
 
-RUNS = Path(__file__).resolve().parent / "accuracy_runs"
 _METHODS_HELP = f'"all", or some of {", ".join(METHODS)}, each with changes after commas: "GPTQ, grid, shrink=0.2"'
 RESULTS = Path(__file__).resolve().parent / "results"
+RUNS = RESULTS / "accuracy_runs"
 
 
 def bed_of(options: argparse.Namespace) -> Bed:
@@ -54,13 +55,15 @@ def folder_of(options: argparse.Namespace) -> Path:
 
 def run_path(options: argparse.Namespace, method: str, seed: int) -> Path:
     name = method.replace(" ", "_").replace(",", "").replace("+", "plus").replace("=", "_")
-    return folder_of(options) / f"{name}_seed{seed}.pt"
+    return folder_of(options) / f"{name}_seed{seed}.json"
 
 
 def keep(path: Path, scores: Scores, **more: Any) -> None:
+    """Values of five digits: the standard errors are far above what that loses."""
+    run = {k: [float(f"{x:.5g}") for x in v.tolist()] if isinstance(v, Tensor) else v for k, v in vars(scores).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    torch.save({**vars(scores), **more}, partial)
+    partial.write_text(json.dumps({**more, **run}) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

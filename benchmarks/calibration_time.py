@@ -80,7 +80,7 @@ def quantize_ours(model: nn.Module, samples: list[dict[str, Tensor]], contender:
         quantize_(model, Int3WeightOnlyConfig(group_size=GROUP), lambda m, name: is_quantized(m, name))
         return
     choices: dict[str, Any] = {"balance": False, "loss": "mse"} if "AWQ" in contender else {}
-    config = mbq_config(samples, group_size=GROUP, n_grid=N_GRID, **choices)
+    config = mbq_config(samples, group_size=GROUP, n_grid=N_GRID, recipe="mbq", **choices)
     quantize_(model, config, progress=False)
 
 

@@ -89,7 +89,12 @@ def measure(options: argparse.Namespace, seed: int) -> dict[str, Any]:
             batches = calibration_batches(processor, rows, options.samples, seed=draw)
             for variant, (balance, route_weighted) in VARIANTS.items():
                 config = mbq_config(
-                    batches, precision=precision, group_size=group_size, balance=balance, n_grid=options.n_grid
+                    batches,
+                    precision=precision,
+                    recipe="mbq",
+                    group_size=group_size,
+                    balance=balance,
+                    n_grid=options.n_grid,
                 )
                 settings = replace(config.settings(), route_weighted=route_weighted)
                 quantized = copy.deepcopy(model)

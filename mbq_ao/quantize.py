@@ -71,7 +71,7 @@ class MBQConfig(AOBaseConfig):
                 f"vision={type(self.vision).__name__} rounds the vision tower without calibration, and "
                 'targets="decoder+vision" calibrates it; leave out one of them'
             )
-        searches = self.recipe in ("best", "mbq", "paper")
+        searches = self.recipe in ("mbq", "paper")
         if not searches:
             self._refuse_what_concerns_a_search()
         self.balance = searches if self.balance is None else self.balance
@@ -89,8 +89,8 @@ class MBQConfig(AOBaseConfig):
         if any(concerns.values()):
             *others, last = concerns
             raise ValueError(
-                f'recipe="{self.recipe}" searches no scales: leave out {", ".join(others)} and {last}, '
-                f"got {', '.join(f'{name}={getattr(self, name)!r}' for name in concerns)}"
+                f'recipe="{self.recipe}" searches no scales: leave out {", ".join(others)} and {last}, got '
+                f'{", ".join(f"{name}={getattr(self, name)!r}" for name in concerns)}; recipe="mbq" takes them'
             )
 
     def quantizer(self) -> W3A16Quantizer | W4A8Quantizer:
@@ -203,32 +203,36 @@ def mbq_config(
     group_size: 32, 64 or 128 input channels share a scale; None: one scale a row. "auto" is 128 for w3a16 and None
         for w4a8. The published code knows no groups for w4a8: there recipe="paper" has one scale a row, whatever
         is given. `group_size` of the config returned is what was decided.
-    recipe: "mbq" is the corrected calibration of the paper. "best" is today another name for it, and will become what
-        benchmarks/accuracy.py finds best. "paper" computes what the published code computes, number
-        for number: padding counts, answers are not shifted to the positions that predict them, o_proj is
-        scaled only where v_proj has its shape, and what no producer can take is not scaled.
+    recipe: "best" is what benchmarks/accuracy.py finds best in both precisions: no scales, but each weight fitted to
+        its inputs. Grids are searched for each group, columns make up for each other's rounding (as "gptq"), and for
+        what rounding before has changed in the inputs. Weights are fitted to calib_data more closely than by scales:
+        what it lacks, such as plain text, may suffer.
+        "mbq" is the corrected calibration of the paper: scales for channels, searched under the balanced loss.
+        "paper" computes what the published code computes, number for number: padding counts, answers are not shifted to
+        the positions that predict them, o_proj is scaled only where v_proj has its shape, and what no producer can take
+        is not scaled.
         To reproduce the paper on several samples, pass them as one padded batch, as its code does. It knows no
         mixtures of experts: they have the groups that "mbq" finds, but for those that no producer can take.
         "smoothquant" is what MBQ is compared with (Xiao et al., arXiv 2211.10438), with exponent 0.5 and on the
         same data: linears after a norm are scaled by a formula, the others not at all. There is nothing to search:
         balance=True, propagate_error=True and another n_grid are refused, and `loss` is only what is reported.
-        "gptq" scales nothing either: columns make up for each other's rounding (Frantar et al., arXiv 2210.17323), each
-        linear on what the quantized ones before it make of the same data. With balance=True vision tokens weigh r in
-        it, and text tokens 1. Weights are fitted to calib_data more closely than by scales: what it lacks, such as
-        plain text, may suffer.
-    balance: weigh vision tokens by how much they move the loss; False is the AWQ-like mean over all tokens. None is
-        True, and False for "smoothquant" and "gptq".
+        "gptq": columns make up for each other's rounding (Frantar et al., arXiv 2210.17323), each linear on what the
+        quantized ones before it make of the same data, and nothing else of "best".
+    balance: weigh vision tokens by how much they move the loss, r, and others by 1. "mbq" and "paper": in the search;
+        False is the AWQ-like mean over all tokens. "best" and "gptq": in the fit. None is True for "mbq" and "paper",
+        else False, as r does not pay in the fit (benchmarks/README.md).
     loss: "mae" or "mse", the search's distance between outputs (the paper prefers mae).
-    propagate_error: calibrate every block on the output of the quantized blocks before it.
-    n_grid: exponents tried for each scale.
+    propagate_error: of a search: calibrate every block on the output of the quantized blocks before it, which "best"
+        and "gptq" always do.
+    n_grid: of a search: exponents tried for each scale.
     vision: a torchao config for the linears of the vision tower, by plain rounding, such as torchao's
         Int8DynamicActivationInt8WeightConfig() or our Int8DynamicActivationInt4WeightMBQConfig(). None: the tower
         stays as it is, as in the paper's main tables.
     filter_fn: (module, fqn) -> bool, which nn.Linear of the decoder layers, and with `vision` or `targets` of the
         vision tower, to quantize; None: all of them. Experts in a 3-D parameter are quantized all or none: it gets the
         parameter's name and the first expert, as a linear. Routers are never quantized.
-    scale_groups: use these groups (names relative to a decoder layer) instead of looking for them. They cannot name
-        experts.
+    scale_groups: of recipes that scale: use these groups (names relative to a decoder layer) instead of looking for
+        them. They cannot name experts.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
     targets: what is calibrated. "decoder": its layers. "decoder+vision": also the vision tower's blocks and the
         projector, in the same precision and by the same search, on the images of calib_data, with all patches

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from models import build_model
 from PIL import Image
 from processors import build_processor
@@ -21,15 +20,15 @@ def test_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from accuracy_bed.table import load_runs, markdown, summary
 
     def keep(method: str, seed: int, nll: list[float], correct: list[float]) -> None:
-        run = {"method": method, "seed": seed, "nll": torch.tensor(nll), "kl": torch.tensor(nll) / 2}
+        run = {"method": method, "seed": seed, "nll": nll, "kl": [value / 2 for value in nll]}
         run |= {
-            "cosine": torch.tensor(correct),
-            "correct": torch.tensor(correct),
+            "cosine": correct,
+            "correct": correct,
             "image_ids": [0, 0, 1, 2],
             "text_nll": 3.0 + seed,
             "seconds": 1.0,
         }
-        torch.save(run, tmp_path / f"{method}_{seed}.pt")
+        (tmp_path / f"{method}_{seed}.json").write_text(json.dumps(run))
 
     keep("full precision", 0, [0.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0])
     keep("RTN", 0, [1.0, 1.0, 2.0, 4.0], [1.0, 0.0, 0.0, 1.0])
@@ -52,6 +51,7 @@ def test_names_of_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     from accuracy_bed.methods import METHODS, method_of
 
     assert method_of("MBQ + GPTQ") is METHODS["MBQ + GPTQ"]
+    assert method_of("GPTQ, grid, drift") == method_of("best")
     changed = method_of("AWQ-like, grid, shrink=0.2, loss=mae")
     assert (changed.recipe.search_grid, changed.recipe.shrinkage, changed.recipe.scaled) == (True, 0.2, True)
     assert changed.settings == {"balance": False, "loss": "mae"}
@@ -95,4 +95,4 @@ def test_runs(tmp_path: Path) -> None:
     command += ["--runs", str(tmp_path / "runs"), "--methods", "RTN", "GPTQ"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [line.split('"')[3] for line in shown.splitlines()] == ["RTN", "GPTQ"]
-    assert len(list((tmp_path / "runs").rglob("*.pt"))) == 3
+    assert len(list((tmp_path / "runs").rglob("*.json"))) == 3

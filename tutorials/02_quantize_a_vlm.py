@@ -48,12 +48,12 @@ show(answers)
 # %% [markdown]
 # ## Calibration data
 #
-# Quantizing blindly, by rounding each weight, treats all inputs alike. MBQ looks at what the model does with a few real
-# inputs first: images, questions and *answers*. Each sample is what the model's own processor returns, plus `labels`,
-# which are -100 on everything but the answer. Two samples keep this page short; 16 to 128 are usual.
+# Quantizing blindly, by rounding each weight, treats all inputs alike. Calibration looks at what the model does with a
+# few real inputs first: images, questions and *answers*. Each sample is what the model's own processor returns, plus
+# `labels`, which are -100 on everything but the answer. Four samples keep this page short; 16 to 128 are usual.
 
 # %%
-calib_data = calibration_batches(processor, load_easy_vqa("train"), num_samples=2, seed=0)
+calib_data = calibration_batches(processor, load_easy_vqa("train"), num_samples=4, seed=0)
 for key, value in calib_data[0].items():
     print(f"{key:<15} {tuple(value.shape)}")
 
@@ -70,38 +70,35 @@ print("the rest:", repr(processor.tokenizer.decode(ids[~is_image & (labels == -1
 # %% [markdown]
 # ## Quantize
 #
-# The main job is two lines. 64 columns share a scale, as this model's width, 576, is a multiple of 64. `n_grid` is how
-# many scales are tried for each group of linears; with the default of 20 the search takes five times as long, which a
-# real model deserves.
+# The main job is two lines. 64 columns share a scale, as this model's width, 576, is a multiple of 64.
 
 # %%
-config = mbq_config(calib_data, group_size=64, n_grid=4)
+config = mbq_config(calib_data, group_size=64)
 report = quantize_(model, config, progress=False)
 print(f"{report.num_linears} linears: {report.nbytes_before / 1e6:.0f} MB -> {report.nbytes_after / 1e6:.0f} MB")
 
 # %% [markdown]
-# The report has a row for each group of linears that share a scale. Of the first two decoder layers:
+# The report has a row for the linears that read the same input, and so are fitted to it together. Of the first two
+# decoder layers:
 
 # %%
 print("\n".join(str(report).splitlines()[:10]))
 
 # %% [markdown]
-# * `folded into` is where 1/s went: into the norm or linear that produces the group's input, so that it costs nothing.
-# * `alpha` is the exponent that the search chose: s = mean|x|^alpha, and 0 is plain rounding.
-# * `r` is the sensitivity: how much an error on a vision token moves the loss, where an answer token counts 1.
-# * `loss RTN` and `loss` are the search's loss for rounding to nearest and with the scale, `gain` is the difference.
+# * `loss RTN` is the error of the linears' outputs if every weight is rounded to the nearest value of its group, on the
+#   inputs that the calibration data gives them; `loss` is what the fitted weights leave, and `gain` the difference.
+# * Three things make it smaller: each group's range is chosen by the error it leaves, each column makes up for what
+#   rounding did to the ones before it, and each linear makes up for what rounding did in the layers before.
+# * `folded into`, `alpha` and `r` belong to `recipe="mbq"`, which scales channels instead, and weighs modalities. The
+#   next tutorial is about it.
 #
-# The architecture was not looked up in a table: layers and groups were found by what the model does, and each fold was
-# accepted only because it left the layer's output unchanged. The same as a picture:
+# The architecture was not looked up in a table: which linears read the same input was found by what the model does. The
+# same as a picture:
 
 # %%
 report.plot()
 
 # %% [markdown]
-# On the left, r falls from layer to layer: what happens to the image tokens matters less and less, because the answer
-# has already read from them what it needs. On the right is what is left of plain rounding's error. Some groups gain
-# much, some nothing; a search that finds nothing better than s = 1 keeps s = 1.
-#
 # ## After
 
 # %%

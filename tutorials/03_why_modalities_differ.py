@@ -142,7 +142,7 @@ def calibrated(balance: bool):
     """A copy of the model with these three layers quantized, and the report."""
     copied = copy.deepcopy(model)
     blocks = [copied.get_decoder().layers[index] for index in chosen]
-    config = mbq_config(calib_data, group_size=64, balance=balance, blocks=blocks, n_grid=10)
+    config = mbq_config(calib_data, recipe="mbq", group_size=64, balance=balance, blocks=blocks, n_grid=10)
     return copied, quantize_(copied, config, progress=False)
 
 

@@ -51,10 +51,12 @@ METHODS = {
     "HQQ": Method(PLAIN, UNBALANCED, round_by_hqq),
     "AWQ-like": Method(SCALES, {"balance": False, "loss": "mse"}),
     "SmoothQuant": Method(RECIPES["smoothquant"], UNBALANCED),
-    "GPTQ": Method(replace(PLAIN, compensated=True), UNBALANCED),
-    "wGPTQ": Method(replace(PLAIN, compensated=True)),
+    "GPTQ": Method(RECIPES["gptq"], UNBALANCED),
+    "best": Method(RECIPES["best"], UNBALANCED),
+    "wGPTQ": Method(RECIPES["gptq"]),
     "MBQ paper": Method(RECIPES["paper"]),
     "MBQ": Method(SCALES),
+    "SmoothQuant + GPTQ": Method(replace(RECIPES["smoothquant"], compensated=True), UNBALANCED),
     "AWQ-like + GPTQ": Method(replace(SCALES, compensated=True), {"balance": False, "loss": "mse"}),
     "MBQ + GPTQ": Method(replace(SCALES, compensated=True, sensitivity_power=0)),
     "MBQ + wGPTQ": Method(replace(SCALES, compensated=True)),
@@ -63,6 +65,7 @@ CHANGES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "grid": ("search_grid", bool),
     "drift": ("corrects_drift", bool),
     "act order": ("act_order", bool),
+    "alpha": ("smooth_alpha", float),
     "shrink": ("shrinkage", float),
     "power": ("sensitivity_power", float),
     "loss": ("loss", str),
@@ -124,7 +127,7 @@ def settings_for(
     method: Method, precision: str, group_size: int, calib: list[dict[str, Tensor]]
 ) -> CalibrationSettings:
     """precision: "w3a16", "w2a16" or "w4a8" (one scale a row)."""
-    config = mbq_config(calib, precision="w4a8" if precision == "w4a8" else "w3a16", **method.settings)
+    config = mbq_config(calib, precision="w4a8" if precision == "w4a8" else "w3a16", recipe="mbq", **method.settings)
     settings = replace(config.settings(), recipe=method.recipe)
     if precision == "w4a8":
         return settings

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,8 +59,9 @@ class Runs:
 def load_runs(folder: Path) -> list[Runs]:
     """All methods in a folder of runs, full precision first."""
     found: dict[str, dict[int, Any]] = {}
-    for path in sorted(folder.glob("*.pt")):
-        run = torch.load(path, weights_only=True)
+    for path in sorted(folder.glob("*.json")):
+        run = json.loads(path.read_text(encoding="utf-8"))
+        run |= {name: torch.tensor(run[name]) for name in MEASURES}
         found.setdefault(run["method"], {})[run["seed"]] = run
     runs = [Runs(method, list(by_seed), list(by_seed.values())) for method, by_seed in found.items()]
     return sorted(runs, key=lambda r: (r.method != FULL_PRECISION, -r.mean("nll")))

@@ -241,7 +241,7 @@ class BlockCalibrator:
         return GroupReport(
             block=self.name,
             producer=group.producer,
-            linears=self._shown(group.linears),
+            linears=self.shown(group.linears),
             fold=group.fold or "act_pre_scale",
             alpha=found.alpha,
             losses=found.losses,
@@ -256,7 +256,7 @@ class BlockCalibrator:
             return 1
         return max(1, 2 * sum(p.nbytes for p in self.block.parameters()) // sum(w.nbytes for w in weights))
 
-    def _shown(self, linears: Sequence[str]) -> list[str]:
+    def shown(self, linears: Sequence[str]) -> list[str]:
         """All experts of a parameter by its name."""
         together = {n: e.name for e in self.experts.values() for n in e.linear_names()} if len(linears) > 1 else {}
         return list(dict.fromkeys(together.get(name, name) for name in linears))

@@ -64,6 +64,11 @@ class GridOf:
             best = tuple(torch.where(better, new, old) for new, old in zip(grid, best or grid, strict=True))
         return best
 
+    def rounded(self, w: Tensor, grid: Grid) -> Tensor:
+        """The nearest points of the grids of whole groups.  w: (N, columns) fp32."""
+        scale, zero = (p.repeat_interleave(self.group_size, 1)[:, : w.shape[1]] for p in self.scale_and_zero(grid))
+        return round_to_grid(w, scale, zero, self.num_bits)
+
     def scale_and_zero(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """In fp32. A symmetric grid is the asymmetric one with its zero in the middle."""
         scale = grid[0].float()

@@ -15,7 +15,7 @@ inputs x', not from x: before it is rounded it becomes the nearest weight that m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,45 +27,63 @@ from mbq_ao.calibration.capture import hooked, input_in
 from mbq_ao.calibration.error_compensation import Grid, GridOf, compensate
 from mbq_ao.calibration.fold import activation_scales, folded_parameters
 from mbq_ao.calibration.ranks import Ranks
+from mbq_ao.calibration.report import FitReport
 from mbq_ao.calibration.residency import Placement
 from mbq_ao.calibration.routing import common, expert_rows
+from mbq_ao.calibration.sensitivity import ModuleName
 from mbq_ao.calibration.settings import Recipe
 
-# Of each batch that this rank runs: x (n, in_features); x' - x, or nothing (n, 0); w (n,) fp32.
+# Of each batch that this rank runs: x (n, in_features); its drift x' - x, or what that does to the outputs
+# (`_narrowed`), or nothing (n, 0); w (n,) fp32.
 Inputs = list[tuple[Tensor, Tensor, Tensor]]
+Errors = tuple[float, float]  # of plain rounding, and of the fitted weights
 _SLAB = 1024  # rows of H that are in double precision at a time
 _RIDGE = 0.01  # d, as a share of the mean of H's diagonal
 
 
 @torch.no_grad()
-def fit_weights(worker: BlockCalibrator, measured_at: Mapping[str, str]) -> dict[str, Tensor]:
+def fit_weights(
+    worker: BlockCalibrator, measured_at: Mapping[str, str], raw_ratios: Mapping[ModuleName, float]
+) -> tuple[dict[str, Tensor], list[FitReport]]:
     """The quantized weights of a block's linears whose inputs are seen, by name; the block is not changed.
 
-    worker: with its scales found.  measured_at: linear -> where its sensitivity was measured.
+    worker: with its scales found.  measured_at: linear -> where its sensitivity was measured.  raw_ratios: that
+    sensitivity before the median floor, for the report.
     """
     recipe, quantizer = worker.settings.recipe, worker.settings.quantizer
     folded = folded_parameters(worker.block, worker.scalings)
     pre_scaled = activation_scales(worker.scalings)
     fitted: dict[str, Tensor] = {}
+    reports = []
     for names in worker.ranks.on_one(lambda: _reading_together(worker)):
-        ratio = worker.ratios.get(measured_at.get(names[0], ""))
+        at = measured_at.get(names[0], "")
+        ratio = worker.ratios.get(at)
         vision = 1.0 if ratio is None else ratio**recipe.sensitivity_power
         served = folded | {f"{name}.weight": value for name, value in fitted.items()}
+        errors: list[Errors] = []
         for readers, inputs in _inputs(worker, names, folded, served, vision):
+            weights = [folded.get(f"{n}.weight", worker.linears[n].weight.detach()) for n in readers]
+            if recipe.corrects_drift:
+                inputs = _narrowed(inputs, weights, worker.placement)
             moments = _moments(inputs, worker.ranks, worker.placement)
             if moments is None:
                 continue  # an expert that no token was sent to
-            weights = [folded.get(f"{n}.weight", worker.linears[n].weight.detach()) for n in readers]
             try:
-                found = quantizer.fit(weights, pre_scaled.get(readers[0]), partial(_fit, recipe, *moments))
+                found = quantizer.fit(weights, pre_scaled.get(readers[0]), partial(_fit, recipe, errors, *moments))
             except ValueError as error:
                 raise ValueError(f"{worker.name}, {', '.join(readers)}: {error}") from error
             fitted |= dict(zip(readers, found, strict=True))
-    return fitted
+        if errors:
+            loss_rtn, loss = map(sum, zip(*errors, strict=True))
+            shown = worker.shown([name for name in names if name in fitted])
+            sensitivity = (None, None) if ratio is None else (vision, raw_ratios.get((worker.name, at)))
+            reports.append(FitReport(worker.name, shown, loss_rtn, loss, *sensitivity))
+    return fitted, reports
 
 
 def _fit(
     recipe: Recipe,
+    errors: list[Errors],
     hessian: Tensor,
     drift: Tensor,
     weight: Tensor,
@@ -74,18 +92,34 @@ def _fit(
     num_bits: int,
     group_size: int,
 ) -> tuple[Tensor, Grid]:
+    k = len(hessian)
     if s is not None:
-        for moment in (hessian, drift):
-            moment.div_(s[: len(moment), None]).div_(s)
+        hessian.div_(s[:, None]).div_(s)
+        drift.div_(s)
+        if len(drift) == k:
+            drift.div_(s[:, None])
     if recipe.shrinkage:
         diagonal = hessian.diagonal().clone()
         hessian.mul_(1 - recipe.shrinkage).diagonal().copy_(diagonal)
     if recipe.corrects_drift:
-        weight = weight + _correction(weight, hessian, drift)
-    grid_of = GridOf(choose, num_bits, group_size, recipe.search_grid)
-    if not recipe.compensated:
-        return weight, grid_of.of(weight, hessian.diagonal())
-    return compensate(weight, hessian, grid_of, act_order=recipe.act_order)
+        weight = weight + _correction(drift if len(drift) < k else weight @ drift, hessian)
+    del drift
+    grid_of, plain = GridOf(choose, num_bits, group_size, recipe.search_grid), GridOf(choose, num_bits, group_size)
+    diagonal = hessian.diagonal().clone()
+    rtn = plain.rounded(weight, plain.of(weight, diagonal))
+    if recipe.compensated:
+        rounded, grid = compensate(weight, hessian, grid_of, act_order=recipe.act_order)
+        hessian.diagonal().copy_(diagonal)
+    else:
+        grid = grid_of.of(weight, diagonal)
+        rounded = grid_of.rounded(weight, grid)
+    errors.append((_error(weight - rtn, hessian), _error(weight - rounded, hessian)))
+    return rounded, grid
+
+
+def _error(lost: Tensor, hessian: Tensor) -> float:
+    """sum_t w_t |(W - Q) x_t|^2.  lost: W - Q (N, K)."""
+    return float(torch.linalg.vecdot(lost @ hessian, lost).sum())
 
 
 def _reading_together(worker: BlockCalibrator) -> list[list[str]]:
@@ -165,8 +199,8 @@ def _token_weights(worker: BlockCalibrator, i: int, vision: float, x: Tensor, to
 
 
 def _moments(inputs: Inputs, ranks: Ranks, placement: Placement) -> tuple[Tensor, Tensor] | None:
-    """H = sum_t w_t x_t x_t^T and sum_t w_t (x'_t - x_t) x_t^T, fp32, (in_features, in_features) each; None if there
-    is no token. Of the second there are no rows where the drift is not recorded.
+    """H = sum_t w_t x_t x_t^T, fp32, (in_features, in_features), and the same of the drift: (in_features or
+    out_features, in_features), or (0, in_features) where it is not recorded. None if there is no token.
 
     A batch's sum is rounded to a fixed point that all batches have in common, and those are added as integers: however
     they are shared out among ranks, the result is the same to the last bit.
@@ -189,8 +223,13 @@ def _moments(inputs: Inputs, ranks: Ranks, placement: Placement) -> tuple[Tensor
             sums += (slab @ x).double().ldexp_(torch.tensor(exponent, device=x.device)).round_().long()
     total = ranks.add_up(total)
     unit = torch.tensor(-exponent, device=total.device)
-    moments = torch.cat([sums.double().ldexp_(unit).float() for sums in total.split(_SLAB)])
-    hessian, of_drift = moments.split([moments.shape[1], len(moments) - moments.shape[1]])
+    k = total.shape[1]
+    found = []
+    for sums in (total[:k], total[k:]):
+        found.append(torch.empty(sums.shape, device=total.device))
+        for rows, slab in zip(found[-1].split(_SLAB), sums.split(_SLAB), strict=True):
+            rows.copy_(slab.double().ldexp_(unit))
+    hessian, of_drift = found
     return hessian, of_drift
 
 
@@ -203,8 +242,23 @@ def _extent(x: Tensor, drift: Tensor, weight: Tensor) -> tuple[float, int]:
     return float(columns.max()), number
 
 
-def _correction(weight: Tensor, hessian: Tensor, drift: Tensor) -> Tensor:
-    """What makes up for the drift of the inputs, (N, K), to be added to the weight."""
+def _narrowed(inputs: Inputs, weights: Sequence[Tensor], placement: Placement) -> Inputs:
+    """Of linears with fewer outputs than inputs, what the drift does to the outputs: (n, N) instead of (n, K)."""
+    if sum(map(len, weights)) >= weights[0].shape[1]:
+        return inputs
+    found = []
+    for x, drift, token_weights in inputs:
+        drift = placement.fetch(drift).float()
+        of_outputs = torch.cat([drift @ w.to(drift.device).float().T for w in weights], 1)
+        found.append((x, placement.keep(of_outputs), token_weights))
+    return found
+
+
+def _correction(of_outputs: Tensor, hessian: Tensor) -> Tensor:
+    """What makes up for the drift of the inputs, to be added to the weight.
+
+    of_outputs: (N, K) sum_t w_t W (x'_t - x_t) x_t^T.
+    """
     h = hessian.clone()
     h.diagonal().add_(_RIDGE * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny))
-    return torch.cholesky_solve((weight @ drift).T, torch.linalg.cholesky(h)).T
+    return torch.cholesky_solve(of_outputs.T, torch.linalg.cholesky(h)).T

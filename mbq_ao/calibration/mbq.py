@@ -57,7 +57,7 @@ from mbq_ao.calibration.groups_of_blocks import find_groups, probing_cost
 from mbq_ao.calibration.logits_check import check_logits
 from mbq_ao.calibration.plan import Plan
 from mbq_ao.calibration.ranks import ALONE, Ranks
-from mbq_ao.calibration.report import CalibrationReport, ExpertsReport, GroupReport
+from mbq_ao.calibration.report import CalibrationReport, ExpertsReport, FitReport, GroupReport
 from mbq_ao.calibration.residency import Placement, computing_on, resident_on
 from mbq_ao.calibration.selection import linears_beside, selected_linears
 from mbq_ao.calibration.sensitivity import ModuleName, floor_at_median, modality_sensitivity
@@ -212,7 +212,8 @@ class _Work:
         ratios = floor_at_median(raw_ratios)
 
         where = "" if masks is not None else f", {stack.name}"
-        bar = tqdm(blocks.items(), desc=f"scale search{where}", disable=not progress)
+        doing = "scale search" if settings.recipe.scaled else "fitting weights"
+        bar = tqdm(blocks.items(), desc=f"{doing}{where}", disable=not progress)
         for index, (name, block) in enumerate(bar):
             block_began = time.perf_counter()
             block_ratios = {at: ratios.get((name, at)) for at in measured_at[name].values()}
@@ -241,11 +242,13 @@ class _Work:
             reports = [GroupReport(**record) for record in state.record["groups"]]
             report.experts += [ExpertsReport(**record) for record in state.record["experts"]]
             report.num_resumed += state.resumed
+            fits = [FitReport(**record) for record in state.record.get("fits", [])]
             report.groups += reports
+            report.fits += fits
             report.block_seconds[name] = time.perf_counter() - block_began
             self.scalings[name] = [Scaling(scaling.group, placement.keep(scaling.s)) for scaling in worker.scalings]
-            if reports:
-                loss_rtn, loss = (sum(getattr(r, f) for r in reports) for f in ("loss_rtn", "loss"))
+            if reports or fits:
+                loss_rtn, loss = (sum(getattr(r, f) for r in fits or reports) for f in ("loss_rtn", "loss"))
                 bar.set_postfix_str(f"loss {loss_rtn:.3g} -> {loss:.3g}")
         self.stacks.append(stack)
         self.blocks |= blocks
@@ -297,12 +300,17 @@ def _search(
     reports = worker.search(groups)
     for group, report in zip(groups, reports, strict=True):
         report.sensitivity_raw = raw_ratios.get((worker.name, group.measured_at))
-    record = {"groups": [asdict(r) for r in reports], "experts": [asdict(r) for r in worker.experts_reports()]}
+    record: dict[str, Any] = {
+        "groups": [asdict(r) for r in reports],
+        "experts": [asdict(r) for r in worker.experts_reports()],
+    }
     scales = [scaling.s for scaling in worker.scalings]
     if not worker.settings.recipe.fits_weights:
         return State(record, scales)
-    plain, metadata = flatten_weights(fit_weights(worker, measured_at))
-    return State(record | {"fitted": [list(plain), metadata["mbq_weights"]]}, [*scales, *plain.values()])
+    fitted, fits = fit_weights(worker, measured_at, raw_ratios)
+    plain, metadata = flatten_weights(fitted)
+    record |= {"fits": [asdict(fit) for fit in fits], "fitted": [list(plain), metadata["mbq_weights"]]}
+    return State(record, [*scales, *plain.values()])
 
 
 def _found(state: State, num_groups: int) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -341,7 +349,6 @@ def _summarise(
         named = {*selected, *routers, *(n.removeprefix(f"{block_name}.") for n in report.left_alone)}
         left = {
             "not_scaled": [n for n in selected if n not in scaled and n not in fitted[block_name]],
-            "fitted": list(fitted[block_name]),
             "not_quantized": [n for n in weights if n not in named],
             "routers": routers,
         }

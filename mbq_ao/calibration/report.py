@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,6 +38,26 @@ class GroupReport:
     sensitivity: float | None
     sensitivity_raw: float | None = None
     num_tokens: int | None = None
+
+
+@dataclass
+class FitReport:
+    """Weights of one block that were fitted together, as they read the same input; all experts of a parameter are one.
+
+    linears: names relative to `block`.  loss_rtn, loss: what plain rounding and what the fitted weights leave of
+    sum_t w_t |(W - Q) x_t|^2 (error_compensation.py), W after its correction for drift.  sensitivity: the factor w_t of
+    vision tokens, sensitivity_raw: r before the median floor and the recipe's power; None if the balance is off.
+    """
+
+    block: str
+    linears: list[str]
+    loss_rtn: float
+    loss: float
+    sensitivity: float | None
+    sensitivity_raw: float | None = None
+
+
+Record: TypeAlias = GroupReport | FitReport
 
 
 @dataclass
@@ -76,7 +96,7 @@ class CalibrationReport:
 
     groups: one record a scale group, in the order in which the model runs them.
     not_scaled: linears that are quantized by plain rounding because nothing takes their scale, or the recipe has none.
-    fitted: linears whose rounding was fitted to their inputs (recipe "gptq").
+    fits: one record for weights that were fitted to their inputs together (recipes "best" and "gptq").
     not_quantized: linears inside the blocks that filter_fn left out, and other weights found there; of the vision
         tower, those that its config left alone.
     routers: what chooses or weighs experts, always left as it is, as it is small and every token's way depends on it.
@@ -96,8 +116,8 @@ class CalibrationReport:
 
     settings: dict[str, Any]
     groups: list[GroupReport] = field(default_factory=list)
+    fits: list[FitReport] = field(default_factory=list)
     not_scaled: list[str] = field(default_factory=list)
-    fitted: list[str] = field(default_factory=list)
     not_quantized: list[str] = field(default_factory=list)
     routers: list[str] = field(default_factory=list)
     experts: list[ExpertsReport] = field(default_factory=list)
@@ -115,9 +135,15 @@ class CalibrationReport:
     rounded: dict[str, str] = field(default_factory=dict)
     left_alone: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def fitted(self) -> list[str]:
+        """The linears of all fits."""
+        return [f"{fit.block}.{name}" for fit in self.fits for name in fit.linears]
+
     def records(self) -> list[dict[str, Any]]:
-        """The groups as plain dicts, such as pandas.DataFrame takes."""
-        return [asdict(group) for group in self.groups]
+        """The groups, and after them the fits, as plain dicts, such as pandas.DataFrame takes."""
+        records: list[Record] = [*self.groups, *self.fits]
+        return [asdict(record) for record in records]
 
     def seconds_per_block(self) -> float:
         """The median over the decoder layers."""
@@ -149,34 +175,35 @@ class CalibrationReport:
         """
         try:
             values = json.loads(Path(path).read_text(encoding="utf-8"))
-            groups, experts = values["groups"], values["experts"]
-            return cls(
-                **_known(cls, values)
-                | {
-                    "groups": [GroupReport(**_known(GroupReport, group)) for group in groups],
-                    "experts": [ExpertsReport(**_known(ExpertsReport, one)) for one in experts],
-                }
-            )
+            records = {
+                name: [kind(**_known(kind, one)) for one in found]
+                for name, kind, found in (
+                    ("groups", GroupReport, values["groups"]),
+                    ("fits", FitReport, values.get("fits", [])),  # 0.1 had none
+                    ("experts", ExpertsReport, values["experts"]),
+                )
+            }
+            return cls(**_known(cls, values) | records)
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{path} is no calibration report of mbq_ao: {type(error).__name__}: {error}") from error
 
     def __str__(self) -> str:
         header = ("block", "linears", "folded into", "alpha", "r", "loss RTN", "loss", "gain")
-        groups = experts_together(self.groups)
-        if not groups:
+        records = self.shown_records()
+        if not records:
             return self.summary()
         rows = [
             (
-                group.block if i == 0 or groups[i - 1].block != group.block else "",
-                " ".join(name.rpartition(".")[2] for name in group.linears),
-                (group.producer or group.fold).rpartition(".")[2],
-                f"{group.alpha:.2f}",
-                "-" if group.sensitivity is None else f"{group.sensitivity:.3f}",
-                f"{group.loss_rtn:.4g}",
-                f"{group.loss:.4g}",
-                f"{100 * (1 - group.loss / group.loss_rtn):.0f}%" if group.loss_rtn else "-",
+                record.block if i == 0 or records[i - 1].block != record.block else "",
+                " ".join(name.rpartition(".")[2] for name in record.linears),
+                (record.producer or record.fold).rpartition(".")[2] if isinstance(record, GroupReport) else "-",
+                f"{record.alpha:.2f}" if isinstance(record, GroupReport) else "-",
+                "-" if record.sensitivity is None else f"{record.sensitivity:.3f}",
+                f"{record.loss_rtn:.4g}",
+                f"{record.loss:.4g}",
+                f"{100 * (1 - record.loss / record.loss_rtn):.0f}%" if record.loss_rtn else "-",
             )
-            for i, group in enumerate(groups)
+            for i, record in enumerate(records)
         ]
         widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
         lines = [
@@ -185,12 +212,18 @@ class CalibrationReport:
             )
             for row in [header, tuple("-" * w for w in widths), *rows]
         ]
-        first_row = {group.block: i for i, group in reversed(list(enumerate(groups, start=2)))}
+        first_row = {record.block: i for i, record in reversed(list(enumerate(records, start=2)))}
         for stack, blocks in reversed(self.stacks.items()):
             starts = [first_row[block] for block in blocks if block in first_row]
             lines[min(starts, default=0) : 0] = [f"[{stack}]"] if starts else []
         lines.append(self.summary())
         return "\n".join(line.rstrip() for line in lines)
+
+    def shown_records(self) -> list[Record]:
+        """What the table and the picture show: block by block its groups, those of experts as one, and its fits."""
+        records: list[Record] = [*experts_together(self.groups), *self.fits]
+        blocks = {name: i for i, name in enumerate(dict.fromkeys(record.block for record in records))}
+        return sorted(records, key=lambda record: blocks[record.block])
 
     def summary(self) -> str:
         """A few lines: sizes, mean gain, what was left out."""
@@ -213,6 +246,11 @@ class CalibrationReport:
                 f"search loss {100 * abs(gain):.0f}% {'below' if gain >= 0 else 'above'} plain rounding on average; "
                 f"logits moved by {self.logits_error:.1e} (relative) through folding alone"
             )
+        if gains := [1 - fit.loss / fit.loss_rtn for fit in self.fits if fit.loss_rtn]:
+            lines.append(
+                f"rounding fitted to the inputs of {len(self.fitted)} weights: its error is "
+                f"{100 * sum(gains) / len(gains):.0f}% below plain rounding's on average"
+            )
         if counts := [n for experts in self.experts for n in experts.num_tokens]:
             lines.append(
                 f"experts: {len(counts)}; calibration tokens of each: {min(counts)} to {max(counts)}, "
@@ -228,8 +266,6 @@ class CalibrationReport:
         for found, what in ((self.rounded, "rounded without calibration"), (self.left_alone, "left as they are")):
             for reason in dict.fromkeys(found.values()):
                 lines.append(f"{what} ({reason}): {some([name for name, why in found.items() if why == reason])}")
-        if self.fitted:
-            lines.append(f"rounded with compensation, fitted to their inputs: {len(self.fitted)} weights")
         if self.not_scaled:
             lines.append(f"rounded without a scale: {some(self.not_scaled)}")
         if self.not_quantized:

@@ -25,7 +25,7 @@ def demo(
             "which is 576 wide."
         ),
     ] = None,
-    recipe: Annotated[Literal["best", "mbq", "paper"], typer.Option(help="As `mbq_config` has it.")] = "best",
+    recipe: Annotated[Literal["best", "mbq", "paper", "gptq"], typer.Option(help="As `mbq_config` has it.")] = "best",
     seed: Annotated[int, typer.Option(help="Draws the calibration pairs.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo_output"),
 ) -> None:

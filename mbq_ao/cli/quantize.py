@@ -72,7 +72,9 @@ def quantize(
     recipe: Annotated[
         Literal["best", "mbq", "paper", "smoothquant", "gptq"],
         typer.Option(
-            help="paper computes what the published code computes; the last two are baselines.", rich_help_panel=_METHOD
+            help="best fits weights to their inputs; mbq and paper search scales, modalities balanced; the others are "
+            "baselines.",
+            rich_help_panel=_METHOD,
         ),
     ] = "best",
     targets: Annotated[

@@ -1,7 +1,7 @@
 """The main job on real input: load a VLM, calibrate, quantize, compare, save, reload.
 
-The comparison is the same questions for full precision, plain rounding (RTN), for W4A8 SmoothQuant, and MBQ, asked one
-by one in the model's chat template. Small differences need more images than the default: look at the error
+The comparison is the same questions for full precision, plain rounding (RTN), for W4A8 SmoothQuant, and the recipe,
+asked one by one in the model's chat template. Small differences need more images than the default: look at the error
 column before you conclude anything (`--images 1000` asks all 9,673 test questions).
 """
 
@@ -33,6 +33,7 @@ from mbq_ao.packed_weight import parameter_nbytes
 
 _WEIGHTS = "model.pt"
 _LABELS = {"w3a16": "W3", "w4a8": "W4A8"}
+_NAMES = {"best": "best", "mbq": "MBQ", "paper": "MBQ (paper)", "gptq": "GPTQ"}
 
 
 @dataclass
@@ -51,7 +52,7 @@ def run_demo(
     num_images: int = 80,
     precision: Literal["w3a16", "w4a8"] = "w3a16",
     group_size: int | Literal["auto"] | None = "auto",
-    recipe: Literal["best", "mbq", "paper"] = "best",
+    recipe: Literal["best", "mbq", "paper", "gptq"] = "best",
     seed: int = 0,
     output: Path = Path("demo_output"),
 ) -> list[Row]:
@@ -99,7 +100,7 @@ def run_demo(
     report = mbq_ao.quantize_(model, config)
     assert report is not None
     print(report)
-    name = f"{label} MBQ"
+    name = f"{label} {_NAMES[recipe]}"
     rows.append(measure(name, model))
     answers[name] = answer(model, processor, example.image, example.question)
 

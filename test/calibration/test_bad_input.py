@@ -311,18 +311,21 @@ def test_smoothquant_refuses_what_concerns_a_search(option: dict[str, Any]) -> N
     values = {"balance": None, "propagate_error": False, "n_grid": 20, **option}
     assert str(caught.value) == (
         'recipe="smoothquant" searches no scales: leave out balance, propagate_error and n_grid, '
-        "got balance={balance!r}, propagate_error={propagate_error!r}, n_grid={n_grid!r}".format(**values)
+        "got balance={balance!r}, propagate_error={propagate_error!r}, n_grid={n_grid!r}; ".format(**values)
+        + 'recipe="mbq" takes them'
     )
 
 
+@pytest.mark.parametrize("recipe", ["best", "gptq"])
 @pytest.mark.parametrize("option", [{"scale_groups": []}, {"propagate_error": True}, {"n_grid": 5}])
-def test_gptq_refuses_what_concerns_a_search(option: dict[str, Any]) -> None:
+def test_fits_refuse_what_concerns_a_search(recipe: Any, option: dict[str, Any]) -> None:
     values = {"scale_groups": None, "propagate_error": False, "n_grid": 20, **option}
     with pytest.raises(ValueError) as caught:
-        mbq_config([], recipe="gptq", **option)
+        mbq_config([], recipe=recipe, **option)
     assert str(caught.value) == (
-        'recipe="gptq" searches no scales: leave out scale_groups, propagate_error and n_grid, '
-        "got scale_groups={scale_groups!r}, propagate_error={propagate_error!r}, n_grid={n_grid!r}".format(**values)
+        f'recipe="{recipe}" searches no scales: leave out scale_groups, propagate_error and n_grid, '
+        "got scale_groups={scale_groups!r}, propagate_error={propagate_error!r}, n_grid={n_grid!r}; ".format(**values)
+        + 'recipe="mbq" takes them'
     )
 
 

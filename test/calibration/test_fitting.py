@@ -15,6 +15,7 @@ from models import build_batch, build_model, model_inputs, pad_right
 from torch import Tensor, nn
 
 from mbq_ao import from_pretrained, mbq_config, quantize_, save_pretrained
+from mbq_ao.calibration import fitting
 from mbq_ao.calibration.error_compensation import GridOf, compensate
 from mbq_ao.calibration.mbq import calibrate
 from mbq_ao.calibration.report import CalibrationReport
@@ -116,6 +117,26 @@ def test_drift_of_the_inputs_is_made_up_for() -> None:
     assert sum(gains) / len(gains) < 0.95, gains
 
 
+def test_the_drift_of_few_outputs_is_that_of_many_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linears with fewer outputs than inputs keep what the drift does to the outputs: the same weights, less memory."""
+    data, weights, widths = calib_data("llava"), [], []
+    moments = fitting._moments
+
+    def counted(inputs: Any, *more: Any) -> Any:
+        widths.append(inputs[0][1].shape[1] < inputs[0][0].shape[1])
+        return moments(inputs, *more)
+
+    monkeypatch.setattr(fitting, "_moments", counted)
+    for narrowed in (fitting._narrowed, lambda inputs, *_: inputs):
+        monkeypatch.setattr(fitting, "_narrowed", narrowed)
+        model = build_model("llava")
+        quantized(model, data, replace(RECIPES["best"], scaled=True))
+        weights.append({name: weight.dequantize() for name, weight in packed_linears(model)})
+    assert any(widths[: len(widths) // 2]) and not any(widths[len(widths) // 2 :])
+    for name, weight in weights[0].items():
+        assert ((weight - weights[1][name]).abs() < 1e-5).float().mean() > 0.97, name
+
+
 def test_padding_does_not_count() -> None:
     long, short = build_batch("llama_mha", 40), build_batch("llama_mha", 30, seed=2)
     padded = pad_right(short, 40)
@@ -148,14 +169,20 @@ def test_experts_are_fitted_to_their_own_tokens() -> None:
         assert ((rounded - expected).abs() < 1e-5).float().mean() > 0.97, e
 
 
-def test_gptq_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "balance"), [("best", None), ("gptq", True)])
+def test_by_name(tmp_path: Path, recipe: Any, balance: bool | None) -> None:
     """The report, and a checkpoint of it."""
     model, data = build_model("llava"), calib_data("llava")
-    report = quantize_(model, mbq_config(data, recipe="gptq", group_size=32), progress=False)
+    report = quantize_(model, mbq_config(data, recipe=recipe, balance=balance, group_size=32), progress=False)
     assert report is not None and len(report.fitted) == report.num_linears == 14 and not report.not_scaled
-    assert str(report) == report.summary()
-    assert "rounded with compensation, fitted to their inputs: 14 weights" in str(report)
+    assert [len(fit.linears) for fit in report.fits] == [3, 1, 2, 1] * 2
+    assert all(0 < fit.loss < fit.loss_rtn for fit in report.fits)
+    assert report.settings["balance"] is bool(balance)
+    for fit in report.fits:
+        assert (fit.sensitivity is not None) is (fit.sensitivity_raw is not None) is bool(balance)
+    assert str(report).count("\n") == 2 + 8 + 1 and "rounding fitted to the inputs of 14 weights" in str(report)
     save_pretrained(model, tmp_path / "m")
+    assert CalibrationReport.from_json(tmp_path / "m" / "mbq_report.json").fits == report.fits
     again = from_pretrained(tmp_path / "m")
     with torch.no_grad():
         assert torch.equal(again(**model_inputs(data[0])).logits, model(**model_inputs(data[0])).logits)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from expecttest import assert_expected_inline as expect
 
-from mbq_ao.calibration.report import CalibrationReport, GroupReport
+from mbq_ao.calibration.report import CalibrationReport, FitReport, GroupReport
 
 SETTINGS = {"precision": "w3a16", "group_size": 64, "recipe": "best", "loss": "mae"}
 
@@ -102,6 +102,24 @@ def test_plot_without_balance(report: CalibrationReport) -> None:
     pytest.importorskip("matplotlib", reason="NEEDS MATPLOTLIB: the report's picture is not tested")
     for record in report.groups:
         record.sensitivity = record.sensitivity_raw = None
-    sensitivity, _ = report.plot().axes
-    assert [text.get_text() for text in sensitivity.texts] == ["balance off: all tokens count alike"]
+    (gain,) = report.plot().axes
+    assert gain.get_title("left") == "What calibration leaves of the rounding error"
     assert " 0.50  -  " in str(report)
+
+
+def test_fits(report: CalibrationReport, tmp_path: Path) -> None:
+    """Of weights fitted to their inputs, beside groups and without."""
+    down, o = FitReport("layers.0", ["mlp.down_proj"], 8.0, 2.0, None), FitReport("layers.1", ["o"], 4.0, 3.0, 0.5, 0.2)
+    report.fits = [down, o]
+    lines = str(report).splitlines()
+    assert lines[4].split() == ["down_proj", "-", "-", "-", "8", "2", "75%"]
+    assert lines[6].split() == ["o", "-", "-", "0.500", "4", "3", "25%"]
+    assert "rounding fitted to the inputs of 2 weights: its error is 50% below plain rounding's on average" in lines
+    assert report.fitted == ["layers.0.mlp.down_proj", "layers.1.o"] and len(report.records()) == 5
+    report.to_json(tmp_path / "report.json")
+    assert CalibrationReport.from_json(tmp_path / "report.json") == report
+    report.groups = []
+    pytest.importorskip("matplotlib", reason="NEEDS MATPLOTLIB: the report's picture is not tested")
+    _, gain = report.plot().axes
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in gain.lines}
+    assert drawn["down_proj"] == [[0, 0.25]] and drawn["o"] == [[1, 0.75]]
