@@ -34,6 +34,8 @@ from accuracy_bed.methods import METHODS, method_of, quantize
 from accuracy_bed.table import FULL_PRECISION, load_runs, markdown, summary
 from small_vlm import device_name
 
+from mbq_ao.calibration.report import CalibrationReport
+
 _METHODS_HELP = f'"all", or some of {", ".join(METHODS)}, each with changes after commas: "GPTQ, grid, shrink=0.2"'
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = RESULTS / "accuracy_runs"
@@ -58,9 +60,22 @@ def run_path(options: argparse.Namespace, method: str, seed: int) -> Path:
     return folder_of(options) / f"{name}_seed{seed}.json"
 
 
+def searches_of(report: CalibrationReport) -> list[dict[str, Any]]:
+    """For the pictures: of each scale group its linears, r before the floor, and the loss of each exponent."""
+    return [
+        {"block": g.block, "linears": g.linears, "sensitivity": g.sensitivity_raw, "losses": [*map(short, g.losses)]}
+        for g in report.groups
+        if len(g.losses) > 2
+    ]
+
+
+def short(value: float) -> float:
+    """Five digits: the standard errors are far above what that loses."""
+    return float(f"{value:.5g}")
+
+
 def keep(path: Path, scores: Scores, **more: Any) -> None:
-    """Values of five digits: the standard errors are far above what that loses."""
-    run = {k: [float(f"{x:.5g}") for x in v.tolist()] if isinstance(v, Tensor) else v for k, v in vars(scores).items()}
+    run = {k: [*map(short, v.tolist())] if isinstance(v, Tensor) else v for k, v in vars(scores).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({**more, **run}) + "\n", encoding="utf-8")
@@ -75,7 +90,7 @@ def measure(options: argparse.Namespace) -> None:
     bed = bed_of(options)
     model, processor = bed.build()
     exam = Exam.of(model, bed.questions(processor, options.split, options.images), plain_text(processor))
-    about = {
+    about: dict[str, Any] = {
         "device": device_name(model.device.type),
         "torch": str(torch.__version__),
         "date": datetime.date.today().isoformat(),
@@ -87,9 +102,10 @@ def measure(options: argparse.Namespace) -> None:
         quantized = copy.deepcopy(model)
         calib = bed.calibration(processor, options.samples, seed) + plain_samples(processor, options.texts, seed)
         began = time.perf_counter()
-        quantize(quantized, method_of(method), options.precision, options.group_size, calib)
+        report = quantize(quantized, method_of(method), options.precision, options.group_size, calib)
         seconds = time.perf_counter() - began
         scores = exam.take(quantized)
+        about["searches"] = searches_of(report)
         keep(run_path(options, method, seed), scores, method=method, seed=seed, seconds=seconds, **about)
         shown = {k: round(v, 4) for k, v in scores.summary().items()}
         print(json.dumps({"method": method, "seed": seed, **shown, "text": scores.text_nll, "s": seconds}), flush=True)
@@ -112,6 +128,20 @@ def write_table(options: argparse.Namespace) -> None:
     print(f"{markdown(runs)}\n\n{note}")
 
 
+def draw(options: argparse.Namespace) -> None:
+    from accuracy_bed.pictures import draw_costs, draw_searches
+
+    def folders(precision: str) -> dict[str, Path]:
+        found = {
+            bed: folder_of(argparse.Namespace(**vars(options) | {"precision": precision, "bed": bed})) for bed in BEDS
+        }
+        return {bed: folder for bed, folder in found.items() if folder.is_dir()}
+
+    shown = {"3 bits": "w3a16", "4 bits, activations 8": "w4a8", "2 bits": "w2a16"}
+    draw_costs({name: of for name, precision in shown.items() if (of := folders(precision))}, RESULTS / "accuracy.png")
+    draw_searches(folders("w3a16"), RESULTS / "accuracy_searches.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bed", default="shapes", help=f"one of {', '.join(BEDS)}; or a model, by path or hub id")
@@ -129,6 +159,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder for the runs")
     parser.add_argument("--table", action="store_true", help="measure nothing; write what has been measured")
+    parser.add_argument("--pictures", action="store_true", help="measure nothing; draw all of both beds and the split")
     options = parser.parse_args()
     if options.methods == ["all"]:
         options.methods = [name for name, method in METHODS.items() if method.can(options.precision)]
@@ -140,6 +171,8 @@ def main() -> None:
             parser.error(str(error))
     if options.table:
         write_table(options)
+    elif options.pictures:
+        draw(options)
     else:
         measure(options)
 

@@ -12,6 +12,7 @@ from torchao.quantization.quant_primitives import _choose_qparams_and_quantize_a
 
 from mbq_ao import mbq_config
 from mbq_ao.calibration.mbq import calibrate
+from mbq_ao.calibration.report import CalibrationReport
 from mbq_ao.calibration.settings import RECIPES, CalibrationSettings, Fit, Recipe
 from mbq_ao.quant_primitives import choose_qparams_affine, fake_quantize_affine
 
@@ -65,7 +66,6 @@ CHANGES: dict[str, tuple[str, Callable[[str], Any]]] = {
     "grid": ("search_grid", bool),
     "drift": ("corrects_drift", bool),
     "act order": ("act_order", bool),
-    "alpha": ("smooth_alpha", float),
     "shrink": ("shrinkage", float),
     "power": ("sensitivity_power", float),
     "loss": ("loss", str),
@@ -134,7 +134,10 @@ def settings_for(
     return replace(settings, quantizer=FakeQuantizer(int(precision[1]), group_size, method.rounding))
 
 
-def quantize(model: nn.Module, method: Method, precision: str, group_size: int, calib: list[dict[str, Tensor]]) -> None:
+def quantize(
+    model: nn.Module, method: Method, precision: str, group_size: int, calib: list[dict[str, Tensor]]
+) -> CalibrationReport:
     """In place."""
-    plan, _ = calibrate(model, calib, settings_for(method, precision, group_size, calib), progress=False)
+    plan, report = calibrate(model, calib, settings_for(method, precision, group_size, calib), progress=False)
     plan.apply(model)
+    return report

@@ -69,7 +69,7 @@ def fit_weights(
             if moments is None:
                 continue  # an expert that no token was sent to
             try:
-                found = quantizer.fit(weights, pre_scaled.get(readers[0]), partial(_fit, recipe, errors, *moments))
+                found = quantizer.fit(weights, pre_scaled.get(readers[0]), partial(_fit, recipe, errors, moments))
             except ValueError as error:
                 raise ValueError(f"{worker.name}, {', '.join(readers)}: {error}") from error
             fitted |= dict(zip(readers, found, strict=True))
@@ -84,14 +84,15 @@ def fit_weights(
 def _fit(
     recipe: Recipe,
     errors: list[Errors],
-    hessian: Tensor,
-    drift: Tensor,
+    moments: list[Tensor],
     weight: Tensor,
     s: Tensor | None,
     choose: Callable[[Tensor], Grid],
     num_bits: int,
     group_size: int,
 ) -> tuple[Tensor, Grid]:
+    """moments: emptied, as they may be the most of what the device holds."""
+    drift, hessian = moments.pop(), moments.pop()
     k = len(hessian)
     if s is not None:
         hessian.div_(s[:, None]).div_(s)
@@ -106,14 +107,14 @@ def _fit(
     del drift
     grid_of, plain = GridOf(choose, num_bits, group_size, recipe.search_grid), GridOf(choose, num_bits, group_size)
     diagonal = hessian.diagonal().clone()
-    rtn = plain.rounded(weight, plain.of(weight, diagonal))
+    loss_rtn = _error(weight - plain.rounded(weight, plain.of(weight, diagonal)), hessian)
     if recipe.compensated:
         rounded, grid = compensate(weight, hessian, grid_of, act_order=recipe.act_order)
         hessian.diagonal().copy_(diagonal)
     else:
         grid = grid_of.of(weight, diagonal)
         rounded = grid_of.rounded(weight, grid)
-    errors.append((_error(weight - rtn, hessian), _error(weight - rounded, hessian)))
+    errors.append((loss_rtn, _error(weight - rounded, hessian)))
     return rounded, grid
 
 
@@ -198,7 +199,7 @@ def _token_weights(worker: BlockCalibrator, i: int, vision: float, x: Tensor, to
     return weight if len(weight) == len(x) else torch.ones(len(x), device=x.device)
 
 
-def _moments(inputs: Inputs, ranks: Ranks, placement: Placement) -> tuple[Tensor, Tensor] | None:
+def _moments(inputs: Inputs, ranks: Ranks, placement: Placement) -> list[Tensor] | None:
     """H = sum_t w_t x_t x_t^T, fp32, (in_features, in_features), and the same of the drift: (in_features or
     out_features, in_features), or (0, in_features) where it is not recorded. None if there is no token.
 
@@ -229,8 +230,7 @@ def _moments(inputs: Inputs, ranks: Ranks, placement: Placement) -> tuple[Tensor
         found.append(torch.empty(sums.shape, device=total.device))
         for rows, slab in zip(found[-1].split(_SLAB), sums.split(_SLAB), strict=True):
             rows.copy_(slab.double().ldexp_(unit))
-    hessian, of_drift = found
-    return hessian, of_drift
+    return found
 
 
 def _extent(x: Tensor, drift: Tensor, weight: Tensor) -> tuple[float, int]:

@@ -11,6 +11,7 @@ model and the largest of what comes there one after the other. In bytes, with b 
     w   its largest weight                             I   its widest activation, the intermediate size
     g   its largest set of linears that read one x     V   vocabulary size
     T   tokens of the largest calibration batch        K   answer tokens of one batch
+    k   inputs of a set of linears that read one x     l   its outputs; m the smaller of k and l, 0 for "gptq"
     n   batches                                        c   tokens searched at a time, at most 8192 and T
 
     embeddings      V C b + K V (b + 12)                             the table or the head, and the answers' logits
@@ -18,14 +19,14 @@ model and the largest of what comes there one after the other. In bytes, with b 
     probing         4 (W + g + w) + 4 T (4 I + 6 C)                  an fp32 copy of a layer, its folded weights
     search          3 W b + (8 + 2 b) w + T (I + C) b                a layer, scales tried at once, a batch of the
                                         + c ((4 I + 4 C) b + 8 C)    group's input and target, a chunk of tokens
-    fitting         3 W b + 20 g + 12 I^2 + T I (b + 8)              a layer, recipe="gptq" alone: the weights that read
-                                                                     one x, its second moments, a batch of x
+    fitting         3 W b + 24 k l + 16 k^2 + 8 k m + T I (b + 8)    a layer, the weights that read one x, its second
+                                                                     moments, a batch of x
 
-None of them depends on n, or on the number of layers L. The host holds
+"best" and "gptq" fit, the other recipes search. None of them depends on n, or on the number of layers L. The host holds
 
     model           all parameters
     packed          L W bits / 8: what the model becomes
-    streams         n T C b, twice with propagate_error or recipe="gptq"
+    streams         n T C b, twice with propagate_error, "best" or "gptq"
     group           2 n T (I + C) b: input and target of the group that is searched, and of its counted tokens
     checkpoints     L T C b
 
@@ -112,13 +113,13 @@ def estimate(
     i = max([max(m.weight.shape) for m in linears] + [max(p.shape[1:]) for p in experts])
     layer = max(map(_num_parameters, layers))
     weight = max([m.weight.numel() for m in linears] + [p[0].numel() for p in experts])
-    group_of_linears = max(
-        sum(m.weight.numel() for m in parent.children() if isinstance(m, nn.Linear) and m.in_features == k)
+    sets = [
+        (k, sum(m.out_features for m in parent.children() if isinstance(m, nn.Linear) and m.in_features == k))
         for layer_ in layers
         for parent in layer_.modules()
         for k in {m.in_features for m in parent.children() if isinstance(m, nn.Linear)}
-    )
-    group = max([group_of_linears] + [p.numel() for p in experts])
+    ]
+    group = max([k * n for k, n in sets] + [p.numel() for p in experts])
     parts = large_parts(model, layers)
     of_layers = set(layers)
     others = [_num_parameters(part) for part in parts if part not in of_layers]
@@ -128,20 +129,23 @@ def estimate(
     chunk = min(scale_search.CHUNK_TOKENS, tokens)
     total = _num_parameters(model)
     of_all_layers = sum(map(_num_parameters, layers))
-    fits = RECIPES[recipe].fits_weights
-    fitting = {"fitting": 3 * b * layer + 20 * group + 12 * i * i + tokens * i * (b + 8)} if fits else {}
+    fits, drifts = RECIPES[recipe].fits_weights, RECIPES[recipe].corrects_drift
+    sets += [(p.shape[2], p.shape[1]) for p in experts]
+    of_set = max(24 * k * n + 16 * k * k + 8 * k * min(k, n) * drifts for k, n in sets)
+    fitting = 3 * b * layer + of_set + tokens * i * (b + 8)
+    phases = {
+        "embeddings": b * max(others, default=0) + answer_tokens * vocabulary * (b + 12),
+        "sensitivity": b * layer + tokens * (8 * i + 16 * c) * b,
+        "probing": 4 * (layer + group + weight) + 4 * tokens * (4 * i + 6 * c),
+    }
+    if RECIPES[recipe].scaled:
+        chunks = chunk * ((4 * i + 4 * c) * b + 8 * c)
+        phases["search"] = 3 * b * layer + (8 + 2 * b) * weight + tokens * (i + c) * b + chunks
+    if fits:
+        phases["fitting"] = fitting
     return MemoryEstimate(
         resident=b * sum(p.numel() for p in model.parameters() if id(p) not in inside),
-        phases={
-            "embeddings": b * max(others, default=0) + answer_tokens * vocabulary * (b + 12),
-            "sensitivity": b * layer + tokens * (8 * i + 16 * c) * b,
-            "probing": 4 * (layer + group + weight) + 4 * tokens * (4 * i + 6 * c),
-            "search": 3 * b * layer
-            + (8 + 2 * b) * weight
-            + tokens * (i + c) * b
-            + chunk * ((4 * i + 4 * c) * b + 8 * c),
-        }
-        | fitting,
+        phases=phases,
         host={
             "model": b * total,
             "packed": int(of_all_layers * _BITS[precision] / 8),
