@@ -56,9 +56,10 @@ class GridOf:
         best: Grid = ()
         least = torch.full_like(low, torch.inf)
         for of_low, of_high in itertools.product(_SHRINKS, repeat=2):
-            grid = self.choose(w.clamp(low * of_low, high * of_high))
+            # A grid depends on a group's ends alone. Of values with one sign the end next to zero stays.
+            grid = self.choose(torch.cat([low.maximum(low * of_low), high.minimum(high * of_high)], 1))
             scale, zero = self.scale_and_zero(grid)
-            error = ((w - round_to_grid(w, scale, zero, self.num_bits)).square_() @ importance)[:, None]
+            error = (round_to_grid(w, scale, zero, self.num_bits).sub_(w).square_() @ importance)[:, None]
             better = error < least
             least = torch.where(better, error, least)
             best = tuple(torch.where(better, new, old) for new, old in zip(grid, best or grid, strict=True))
