@@ -35,6 +35,7 @@ from accuracy_bed.table import FULL_PRECISION, load_runs, markdown, summary
 from small_vlm import device_name
 
 from mbq_ao.calibration.report import CalibrationReport
+from mbq_ao.demo.run import unpacked_once
 
 _METHODS_HELP = f'"all", or some of {", ".join(METHODS)}, each with changes after commas: "GPTQ, grid, shrink=0.2"'
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -104,7 +105,7 @@ def measure(options: argparse.Namespace) -> None:
         began = time.perf_counter()
         report = quantize(quantized, method_of(method), options.precision, options.group_size, calib)
         seconds = time.perf_counter() - began
-        scores = exam.take(quantized)
+        scores = exam.take(unpacked_once(quantized))
         about["searches"] = searches_of(report)
         keep(run_path(options, method, seed), scores, method=method, seed=seed, seconds=seconds, **about)
         shown = {k: round(v, 4) for k, v in scores.summary().items()}
