@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy_bed.beds import BEDS, Bed, ConversationBed, plain_samples, plain_text
 from accuracy_bed.exam import Exam, Scores
 from accuracy_bed.methods import METHODS, method_of, quantize
-from accuracy_bed.table import FULL_PRECISION, load_runs, markdown, summary
+from accuracy_bed.table import FULL_PRECISION, comparison, load_runs, markdown, summary
 from small_vlm import device_name
 
 from mbq_ao.calibration.report import CalibrationReport
@@ -129,18 +129,22 @@ def write_table(options: argparse.Namespace) -> None:
     print(f"{markdown(runs)}\n\n{note}")
 
 
+PRECISIONS = {"3 bits": "w3a16", "4 bits, activations 8": "w4a8", "2 bits": "w2a16"}
+
+
+def folders_of(options: argparse.Namespace, precision: str) -> dict[str, Path]:
+    """Of kept runs, by bed."""
+    made = argparse.Namespace(**vars(options) | {"precision": precision})
+    found = {bed: folder_of(argparse.Namespace(**vars(made) | {"bed": bed})) for bed in BEDS}
+    return {bed: folder for bed, folder in found.items() if folder.is_dir()}
+
+
 def draw(options: argparse.Namespace) -> None:
     from accuracy_bed.pictures import draw_costs, draw_searches
 
-    def folders(precision: str) -> dict[str, Path]:
-        found = {
-            bed: folder_of(argparse.Namespace(**vars(options) | {"precision": precision, "bed": bed})) for bed in BEDS
-        }
-        return {bed: folder for bed, folder in found.items() if folder.is_dir()}
-
-    shown = {"3 bits": "w3a16", "4 bits, activations 8": "w4a8", "2 bits": "w2a16"}
-    draw_costs({name: of for name, precision in shown.items() if (of := folders(precision))}, RESULTS / "accuracy.png")
-    draw_searches(folders("w3a16"), RESULTS / "accuracy_searches.png")
+    shown = {name: folders_of(options, precision) for name, precision in PRECISIONS.items()}
+    draw_costs({name: of for name, of in shown.items() if of}, RESULTS / "accuracy.png")
+    draw_searches(shown["3 bits"], RESULTS / "accuracy_searches.png")
 
 
 def main() -> None:
@@ -160,6 +164,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder for the runs")
     parser.add_argument("--table", action="store_true", help="measure nothing; write what has been measured")
+    parser.add_argument("--compare", action="store_true", help="measure nothing; print all methods on both beds")
     parser.add_argument("--pictures", action="store_true", help="measure nothing; draw all of both beds and the split")
     options = parser.parse_args()
     if options.methods == ["all"]:
@@ -174,6 +179,8 @@ def main() -> None:
         write_table(options)
     elif options.pictures:
         draw(options)
+    elif options.compare:
+        print(comparison(folders_of(options, options.precision)))
     else:
         measure(options)
 

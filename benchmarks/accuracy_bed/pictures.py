@@ -13,11 +13,10 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from accuracy_bed.table import FULL_PRECISION, Runs, load_runs
+from accuracy_bed.table import FULL_PRECISION, ORDER, Runs, load_runs
 
 BEST, OTHERS = "#d1495b", "#5b6c8f"
 COLORS = {"shapes": "#2a6fbb", "digits": "#e07b39"}
-ORDER = ("RTN", "HQQ", "SmoothQuant", "AWQ-like", "MBQ paper", "MBQ", "GPTQ", "best")
 
 
 def draw_costs(folders: dict[str, dict[str, Path]], path: Path) -> None:
@@ -30,7 +29,7 @@ def draw_costs(folders: dict[str, dict[str, Path]], path: Path) -> None:
     for column, (precision, of) in zip(panels.T, folders.items(), strict=True):
         for axes, bed in zip(column, beds, strict=True):
             runs = {r.method: r for r in load_runs(of[bed])} if bed in of else {}
-            _draw_methods(axes, [runs[m] for m in ORDER if m in runs])
+            _draw_methods(axes, [runs[m] for m in ORDER[1:] if m in runs])
             axes.set_title(f"{precision}, {bed}", fontsize=10, loc="left")
     for axes in panels[-1]:
         axes.set_xlabel("KL to full precision (nats a reply)", fontsize=9)

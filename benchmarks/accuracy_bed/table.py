@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from accuracy_bed.exam import MEASURES
 from mbq_ao.evaluation.answers import clustered_standard_error
 
 FULL_PRECISION = "full precision"
+ORDER = (FULL_PRECISION, "RTN", "HQQ", "SmoothQuant", "AWQ-like", "MBQ paper", "MBQ", "GPTQ", "best")
 
 
 @dataclass(frozen=True)
@@ -98,3 +99,31 @@ def markdown(runs: Sequence[Runs]) -> str:
             f"| {row['flips']:.1f} | {row['cosine']:.4f} | {row['text_nll']:.3f} | {row['seconds']:.0f} |"
         )
     return "\n".join(lines)
+
+
+def comparison(folders: Mapping[str, Path]) -> str:
+    """Markdown: all methods on all beds, by one precision; ± is over draws of the calibration data.
+
+    folders: of runs, by bed.
+    """
+    by_bed = {bed: {r.method: r for r in load_runs(folder)} for bed, folder in folders.items()}
+    methods = [m for m in ORDER if any(m in found for found in by_bed.values())]
+    head = [f"{bed}: answer NLL | KL | right (%)" for bed in by_bed]
+    lines = [f"| | {' | '.join(head)} | draws |", f"|---|{'---:|---:|---:|' * len(head)}---|"]
+    for method in methods:
+        cells, draws = [], []
+        for found in by_bed.values():
+            r = found.get(method)
+            draws.append("0" if r is None else str(len(r.runs)))
+            cells += (
+                ["-"] * 3 if r is None else [_spread(r, "nll", 2), _spread(r, "kl", 3), _spread(r, "correct", 1, 100)]
+            )
+        shown = "" if method == FULL_PRECISION else ", ".join(dict.fromkeys(draws))
+        lines.append(f"| {method} | {' | '.join(cells)} | {shown} |")
+    return "\n".join(lines)
+
+
+def _spread(r: Runs, name: str, digits: int, factor: float = 1) -> str:
+    spread = r.spread(name)
+    more = "" if spread is None else f" ± {factor * spread:.{digits}f}"
+    return f"{factor * r.mean(name):.{digits}f}{more}"
