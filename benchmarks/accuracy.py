@@ -118,7 +118,11 @@ def write_table(options: argparse.Namespace) -> None:
         sys.exit(f"nothing to compare in {folder_of(options)}: measure first, with the same options but --table")
     name = "_".join(["accuracy", *folder_of(options).relative_to(options.runs).parts])
     number, images = len(runs[0].of("nll")), len(set(runs[0].runs[0]["image_ids"]))
-    kept = {k: v for k, v in vars(options).items() if k not in ("methods", "seeds", "table", "threads", "runs")}
+    kept = {
+        k: v
+        for k, v in vars(options).items()
+        if k not in ("methods", "seeds", "table", "compare", "pictures", "threads", "runs")
+    }
     about = {k: runs[-1].runs[-1][k] for k in ("device", "torch", "date")}
     text = json.dumps(
         {**kept, "questions": number, "num_images": images, **about, "rows": summary(runs)}, indent=1, default=str
@@ -143,6 +147,8 @@ def draw(options: argparse.Namespace) -> None:
     from accuracy_bed.pictures import draw_costs, draw_searches
 
     shown = {name: folders_of(options, precision) for name, precision in PRECISIONS.items()}
+    if not shown["3 bits"]:
+        sys.exit(f"nothing to draw in {options.runs}: measure first, with the same options but --pictures")
     draw_costs({name: of for name, of in shown.items() if of}, RESULTS / "accuracy.png")
     draw_searches(shown["3 bits"], RESULTS / "accuracy_searches.png")
 

@@ -77,7 +77,7 @@ def run_rank(samples: int, device: str, output: pathlib.Path) -> None:
     dist.barrier()
     report = quantize_(
         model,
-        mbq_config(data, group_size=64),
+        mbq_config(data, recipe="mbq", group_size=64),
         device=f"cuda:{rank}" if device == "cuda" else None,
         progress=False,
     )

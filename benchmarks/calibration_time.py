@@ -7,8 +7,8 @@
 The model is a Qwen2.5-VL with random weights, small beside the real ones, in fp32; every sample is an image, a question
 and an answer. Weights become 3-bit, asymmetric, in groups of 128, in both. The contenders:
 
-    mbq_ao              mbq_config(data): the sensitivity pass, then the search by the balanced absolute error
-    mbq_ao, AWQ-like    mbq_config(data, balance=False, loss="mse"): the mean squared error over all tokens, as AWQ
+    mbq_ao              recipe="mbq": the sensitivity pass, then the search by the balanced absolute error
+    mbq_ao, AWQ-like    the same with balance=False, loss="mse": the mean squared error over all tokens, as AWQ
     llm-compressor      oneshot with [AWQModifier(), QuantizationModifier(...)], both as they come
 
 Ours and the peer's are a process each, which loads the model from disk for every run, calibrates a tiny one of the same

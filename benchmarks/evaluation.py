@@ -41,7 +41,7 @@ def save_quantized(kind: str, folder: Path, num_samples: int, seed: int) -> Path
         quantize_(model, Int3WeightOnlyConfig(group_size=GROUP_SIZE), _in_decoder)
     else:
         calibration = calibration_batches(processor, load_easy_vqa("train"), num_samples=num_samples, seed=seed)
-        quantize_(model, mbq_config(calibration, group_size=GROUP_SIZE))
+        quantize_(model, mbq_config(calibration, recipe="mbq", group_size=GROUP_SIZE))
     save_pretrained(model, folder / kind)
     processor.save_pretrained(folder / kind)
     return folder / kind

@@ -107,7 +107,7 @@ def groups(size: Size) -> dict[str, Any]:
     model, samples = build_model(size), build_samples(size, size.samples, seed=0)
     try:
         began = time.process_time()
-        quantize_(model, mbq_config(samples), progress=False)
+        quantize_(model, mbq_config(samples, recipe="mbq"), progress=False)
         whole = time.process_time() - began
     finally:
         mbq.find_groups, BlockProber.find_all = originals

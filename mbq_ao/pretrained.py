@@ -257,7 +257,7 @@ def model_card(model: PreTrainedModel, report: CalibrationReport | None) -> str:
         "tags: [mbq, mbq_ao, quantized]",
         "---",
         "",
-        f"# {type(model).__name__}, {config.precision or 'low-bit'} by MBQ",
+        f"# {type(model).__name__}, {config.precision or 'low-bit'} by mbq_ao",
         "",
         "**Loading this needs the package `mbq_ao`.** Without it transformers prints a warning about an unknown",
         "quantization type and returns a model with random weights.",

@@ -37,8 +37,8 @@ Layers, and what takes a scale, are found by structure, not looked up: a model n
 on it are tested, each as a tiny random model of its real class, in W3A16 and in W4A8: folding the scales leaves the
 logits unchanged (relative change below 1e-5), and the quantized model's logits are finite.
 
-All linears of the decoder layers are quantized with a scale, which is folded into the norm or the linear before them
-and costs nothing when the model runs. The exceptions:
+All linears of the decoder layers are quantized; with `recipe="mbq"` with a scale, which is folded into the norm or the
+linear before them and costs nothing when the model runs. The exceptions:
 
 * *kept*: the scale stays beside the quantized weight (`act_pre_scale`) and divides the input, because what makes the
   input cannot take it: an activation that does not scale (GELU), a norm without a weight, a hidden state that

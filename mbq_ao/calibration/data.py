@@ -155,7 +155,7 @@ class _Reader:
         if not self.has_media:
             warnings.warn(
                 "calibration data: no row has an image or a video. Text alone calibrates, but without the modality "
-                "balance, and the scales are not fitted to vision tokens, most of what a vision-language model "
+                "balance, and nothing is fitted to vision tokens, most of what a vision-language model "
                 "reads: expect lower accuracy on images. Add rows with images",
                 stacklevel=3,
             )

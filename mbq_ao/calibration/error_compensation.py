@@ -100,14 +100,16 @@ def compensate(
     factor = _inverse_factor(hessian, damping)
     w = weight.T[order]  # columns in a row of memory
     rounded = torch.empty_like(w)
-    grids = list(map(tuple, zip(*(p.split(1, 1) for p in grid_of.of(weight, importance)), strict=True)))
+    grids: list[Grid] = []
+    if act_order:
+        grids += map(tuple, zip(*(p.split(1, 1) for p in grid_of.of(weight, importance)), strict=True))
     group_of = (order // g).tolist()
     step = _COLUMNS if act_order or g % _COLUMNS == 0 or g >= k else min(g, _COLUMNS)
     for start in range(0, k, step):
         end = min(start + step, k)
         if not act_order and start % g == 0:
             columns = slice(start, start + g)
-            grids[start // g] = grid_of.of(w[columns].T, importance[columns])
+            grids.append(grid_of.of(w[columns].T, importance[columns]))
         scales = [[p.flatten() for p in grid_of.scale_and_zero(grid)] for grid in grids]
         lost = torch.empty_like(w[start:end])
         for j in range(start, end):
@@ -133,13 +135,25 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal = hessian.diagonal()
     silent = diagonal == 0
     diagonal[silent] = 1
-    added = damping * diagonal[~silent].mean() if (~silent).any() else damping
+    added = damping * diagonal[~silent].mean() if (~silent).any() else torch.tensor(damping)
+
+    def of_inverse(h: Tensor) -> tuple[Tensor, Tensor]:
+        factor, failed = torch.linalg.cholesky_ex(h)
+        return (factor, failed) if failed else torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+
+    return damped(hessian, added, of_inverse)
+
+
+def damped(hessian: Tensor, added: Tensor, factor_of: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+    """A factor of H with `added` on its diagonal, or with more of it where that is not enough. H is overwritten.
+
+    factor_of: -> the factor, and whether there is none.
+    Raises ValueError if there is none with thousands of times as much.
+    """
     for _ in range(8):
-        diagonal += added
-        factor, failed = torch.linalg.cholesky_ex(hessian)
+        hessian.diagonal().add_(added.to(hessian.device))
+        factor, failed = factor_of(hessian)
         if not failed:
-            factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
-            if not failed:
-                return factor
-        added *= 4  # few tokens, or nearly parallel ones
+            return factor
+        added = 4 * added  # few tokens, or nearly parallel ones
     raise ValueError("the inputs of the layer are too nearly parallel to compensate for rounding")

@@ -24,12 +24,12 @@ from torch import Tensor, nn
 
 from mbq_ao.calibration.block import BlockCalibrator
 from mbq_ao.calibration.capture import hooked, input_in
-from mbq_ao.calibration.error_compensation import Grid, GridOf, compensate
+from mbq_ao.calibration.error_compensation import Grid, GridOf, compensate, damped
 from mbq_ao.calibration.fold import activation_scales, folded_parameters
 from mbq_ao.calibration.ranks import Ranks
 from mbq_ao.calibration.report import FitReport
 from mbq_ao.calibration.residency import Placement
-from mbq_ao.calibration.routing import common, expert_rows
+from mbq_ao.calibration.routing import ExpertRows, common, expert_rows
 from mbq_ao.calibration.sensitivity import ModuleName
 from mbq_ao.calibration.settings import Recipe
 
@@ -168,18 +168,22 @@ def _inputs(
         yield names, inputs
         return
     record = partial(expert_rows, worker.block, experts=list(worker.experts.values()), wanted=parameter)
-    rows = []
+    rows: list[tuple[ExpertRows, ExpertRows] | None] = []
     for stream in worker.streams:
         seen = record(worker.call(stream, distorted=True), served, with_shares=False)
         clean = record(worker.call(stream, distorted=False), folded, with_shares=False) if drifts else seen
-        of_batch = common(clean, seen) if clean and seen and drifts else (clean, seen)
-        rows.append(tuple(found and found.kept(worker.placement) for found in of_batch))
-    if any(r is None for r in worker.ranks.gather([seen and 0 for _, seen in rows])):
+        if clean is None or seen is None:
+            rows.append(None)
+            continue
+        clean, seen = common(clean, seen) if drifts else (clean, seen)
+        rows.append((clean.kept(worker.placement), seen.kept(worker.placement)))
+    if any(r is None for r in worker.ranks.gather([of_batch and 0 for of_batch in rows])):
         return  # it cannot be told whose the rows are
+    told = [of_batch for of_batch in rows if of_batch is not None]
     for e, name in enumerate(parameter.linear_names()):
         if name not in names:
             continue
-        for i, (clean, seen) in enumerate(rows):
+        for i, (clean, seen) in enumerate(told):
             x = seen.x[e]
             drift = clean.x[e] - x if drifts else x.new_empty(len(x), 0)
             inputs.append(keep((x, drift, _token_weights(worker, i, vision, x, seen.tokens[e]))))
@@ -260,5 +264,5 @@ def _correction(of_outputs: Tensor, hessian: Tensor) -> Tensor:
     of_outputs: (N, K) sum_t w_t W (x'_t - x_t) x_t^T.
     """
     h = hessian.clone()
-    h.diagonal().add_(_RIDGE * h.diagonal().mean().clamp(min=torch.finfo(h.dtype).tiny))
-    return torch.cholesky_solve(of_outputs.T, torch.linalg.cholesky(h)).T
+    ridge = (_RIDGE * h.diagonal().mean()).clamp(min=torch.finfo(h.dtype).tiny)
+    return torch.cholesky_solve(of_outputs.T, damped(h, ridge, torch.linalg.cholesky_ex)).T

@@ -31,6 +31,7 @@ def find_groups(
     _check_disjoint(settings.scale_groups or ())
     stream = min(streams, key=probing_cost)
     known: dict[tuple[Any, ...], tuple[list[ScaleGroup], list[str]]] = {}
+    weighed = settings.recipe.fits_weights and settings.balance
     result, not_called, measured_at = {}, {}, {}
     for index, (name, block) in enumerate(blocks.items()):
         signature = (
@@ -39,12 +40,13 @@ def find_groups(
         )
         if signature not in known:
             prober = BlockProber(block, stream.call(index, stream.between(index, stream.hidden)))
-            given = settings.scale_groups
-            found = prober.find_all() if given is None else [prober.complete(group) for group in given]
+            if settings.scale_groups is not None:
+                found = [prober.complete(group) for group in settings.scale_groups]
+            else:
+                found = prober.find_all() if settings.recipe.scaled or weighed else []
             known[signature] = found, prober.read_past_forward()
         groups, not_called[name] = known[signature]
-        needed = settings.recipe.fits_weights
-        measured_at[name] = {n: g.measured_at for g in groups for n in g.linears if needed}
+        measured_at[name] = {n: g.measured_at for g in groups for n in g.linears if weighed}
         found = [_unshared(group, name, block, owners, settings.scale_groups is not None) for group in groups]
         result[name] = [
             group

@@ -3,8 +3,8 @@
     find the blocks: the decoder's layers and, before them, what `targets` adds (stacks.py)
     -> show experts as linears
     -> for each stack of blocks: run the model once, record how each block is called
-       -> find the scale groups -> in the decoder, measure how sensitive the loss is to each modality
-       -> for each block and group: search the scale, plan the fold, quantize (recipe="gptq": fit the rounding instead)
+       -> find the scale groups; where modalities are weighed, measure how sensitive the loss is to each
+       -> for each block: search its groups' scales and plan the folds, or fit its weights ("best", "gptq"); quantize
     -> check that folding alone leaves the logits unchanged -> put the plan into the model
 
 Source: "MBQ: Modality-Balanced Quantization for Large Vision-Language Models", arXiv 2412.19509.
@@ -24,8 +24,8 @@ Memory beyond the model, at the peak at most, where everything is computed where
     + in a mixture of experts 3.5 times the inputs of one parameter's experts: tokens, times experts a token, times its
       in_features
 
-(measured in test/calibration/test_memory.py). recipe="gptq" has no targets and outputs, but holds 12 K^2 bytes for
-linears of K inputs. Of several stacks one at a time counts, with its own tokens. The sensitivity pass needs less: one
+(measured in test/calibration/test_memory.py). recipe="best" and "gptq" have no targets and outputs, but hold 16 K^2
+bytes, "best" 8 K min(K, N) more, for linears of K inputs and N outputs. Of several stacks one at a time counts, with its own tokens. The sensitivity pass needs less: one
 hidden state a block and the activations of one block for one batch at a time, no weight gradients; and logits of the
 answers only.
 
@@ -346,9 +346,10 @@ def _summarise(
         parameter_of = {n: e.name for e in stack.experts.get(block_name, ()) for n in e.linear_names()}
         weights = {name.removesuffix(".weight"): p for name, p in block.named_parameters() if p.ndim >= 2}
         scaled = {name for group in groups[block_name] for name in group.linears}
+        done = {parameter_of.get(name, name) for name in fitted[block_name]}  # an expert without tokens is told apart
         named = {*selected, *routers, *(n.removeprefix(f"{block_name}.") for n in report.left_alone)}
         left = {
-            "not_scaled": [n for n in selected if n not in scaled and n not in fitted[block_name]],
+            "not_scaled": [n for n in selected if n not in scaled and parameter_of.get(n, n) not in done],
             "not_quantized": [n for n in weights if n not in named],
             "routers": routers,
         }

@@ -15,7 +15,8 @@ model and the largest of what comes there one after the other. In bytes, with b 
     n   batches                                        c   tokens searched at a time, at most 8192 and T
 
     embeddings      V C b + K V (b + 12)                             the table or the head, and the answers' logits
-    sensitivity     W b + T (8 I + 16 C) b                           a layer, and its activations for the backward pass
+    sensitivity     W b + T (8 I + 16 C) b                           with balance: a layer, and its activations for the
+                                                                     backward pass
     probing         4 (W + g + w) + 4 T (4 I + 6 C)                  an fp32 copy of a layer, its folded weights
     search          3 W b + (8 + 2 b) w + T (I + C) b                a layer, scales tried at once, a batch of the
                                         + c ((4 I + 4 C) b + 8 C)    group's input and target, a chunk of tokens
@@ -28,7 +29,7 @@ model and the largest of what comes there one after the other. In bytes, with b 
     packed          L W bits / 8: what the model becomes
     streams         n T C b, twice with propagate_error, "best" or "gptq"
     group           2 n T (I + C) b: input and target of the group that is searched, and of its counted tokens
-    checkpoints     L T C b
+    checkpoints     L T C b, with balance
 
 besides the calibration data. Attention is taken to be fused (sdpa, flash attention); without, h heads add up to
 h T T (3 b + 8) in the sensitivity pass. The constants are upper bounds, held against measurements by
@@ -58,7 +59,8 @@ _GB = 1e9
 class MemoryEstimate:
     """Bytes by name. The device needs the largest of `phases` beside `resident`, the host all of `host`.
 
-    whole_model_transfers: bytes that capture and sensitivity bring to the device; the model three times a batch.
+    whole_model_transfers: bytes that capture and sensitivity bring to the device; the model three times a batch, once
+    where modalities are not weighed.
     """
 
     resident: int
@@ -93,6 +95,7 @@ def estimate(
     answer_tokens: int = 256,
     precision: str = "w3a16",
     recipe: str = "best",
+    balance: bool | None = None,
     propagate_error: bool = False,
     blocks: Iterable[nn.Module] | None = None,
 ) -> MemoryEstimate:
@@ -101,7 +104,7 @@ def estimate(
     model: values are not looked at, so it may be on the meta device; of a config one is built there, in bfloat16 if
         the config names no dtype.
     n_samples: batches.  tokens: of the largest batch, all samples in it together.  answer_tokens: of those, how many
-        have labels.  precision, recipe, propagate_error, blocks: as in mbq_config.
+        have labels.  precision, recipe, balance, propagate_error, blocks: as in mbq_config.
     """
     if isinstance(model, transformers.PreTrainedConfig):
         model = _on_meta(model)
@@ -133,11 +136,13 @@ def estimate(
     sets += [(p.shape[2], p.shape[1]) for p in experts]
     of_set = max(24 * k * n + 16 * k * k + 8 * k * min(k, n) * drifts for k, n in sets)
     fitting = 3 * b * layer + of_set + tokens * i * (b + 8)
+    balanced = recipe in ("mbq", "paper") if balance is None else balance
     phases = {
         "embeddings": b * max(others, default=0) + answer_tokens * vocabulary * (b + 12),
-        "sensitivity": b * layer + tokens * (8 * i + 16 * c) * b,
         "probing": 4 * (layer + group + weight) + 4 * tokens * (4 * i + 6 * c),
     }
+    if balanced:
+        phases["sensitivity"] = b * layer + tokens * (8 * i + 16 * c) * b
     if RECIPES[recipe].scaled:
         chunks = chunk * ((4 * i + 4 * c) * b + 8 * c)
         phases["search"] = 3 * b * layer + (8 + 2 * b) * weight + tokens * (i + c) * b + chunks
@@ -151,9 +156,9 @@ def estimate(
             "packed": int(of_all_layers * _BITS[precision] / 8),
             "streams": n_samples * tokens * c * b * (1 + (propagate_error or fits)),
             "group": 2 * n_samples * tokens * (i + c) * b,
-            "checkpoints": len(layers) * tokens * c * b,
+            "checkpoints": len(layers) * tokens * c * b * balanced,
         },
-        whole_model_transfers=3 * n_samples * b * of_all_layers,
+        whole_model_transfers=(3 if balanced else 1) * n_samples * b * of_all_layers,
     )
 
 

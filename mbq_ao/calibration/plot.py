@@ -1,7 +1,8 @@
-"""The picture of a calibration: how sensitive each layer is to each modality, and what the search gained."""
+"""The picture of a calibration: what it gained, and how sensitive layers are to modalities, if those were weighed."""
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ def plot_report(report: CalibrationReport) -> Figure:
     _plot_gain(right, series)
     settings = report.settings
     if settings:
+        loss = f", loss {settings['loss']}" if report.groups else ""
         figure.suptitle(
             f"Calibration: {settings['precision']}, group size {settings['group_size'] or 'row'}, "
-            f"recipe {settings['recipe']}, loss {settings['loss']}",
+            f"recipe {settings['recipe']}{loss}",
             fontsize=11,
             x=0.01,
             ha="left",
@@ -60,7 +62,7 @@ def _by_group(report: CalibrationReport) -> dict[str, list[tuple[int, Record]]]:
 
 def _plot_sensitivity(axes: Axes, series: dict[str, list[tuple[int, Record]]]) -> None:
     drawn = set()
-    for color, (label, points) in zip(_COLORS, series.items(), strict=False):
+    for color, (label, points) in zip(itertools.cycle(_COLORS), series.items(), strict=False):
         balanced = [(i, g.sensitivity, g.sensitivity_raw) for i, g in points]
         xs = [i for i, r, raw in balanced if r is not None and raw is not None]
         ys = [r for _, r, raw in balanced if r is not None and raw is not None]
@@ -78,7 +80,7 @@ def _plot_sensitivity(axes: Axes, series: dict[str, list[tuple[int, Record]]]) -
 
 def _plot_gain(axes: Axes, series: dict[str, list[tuple[int, Record]]]) -> None:
     highest = 1.0  # above 1 where a scale was taken without a search
-    for color, (label, points) in zip(_COLORS, series.items(), strict=False):
+    for color, (label, points) in zip(itertools.cycle(_COLORS), series.items(), strict=False):
         kept = [(i, g.loss / g.loss_rtn) for i, g in points if g.loss_rtn]
         if kept:
             axes.plot(*zip(*kept, strict=True), color=color, lw=1.8, marker="o", ms=3.5, label=label)

@@ -13,9 +13,10 @@ rank has failed. A rank that fails gives that word in place of its next value an
 are; if it fails while values pass, or dies, its connections break and the others fail at once. None is left waiting.
 
 The connections are our own, gloo between CPUs, whatever the training uses: nothing of ours can come between the
-collectives of the program, and nothing needs to know on which device those have to be. What passes is little: two
-numbers a channel and a few numbers a scale tried, for each batch and group; and, where weights are fitted to their
-inputs, one (K, K) sum for each set of linears that read the same x.
+collectives of the program, and nothing needs to know on which device those have to be. What passes in a
+search is little: two numbers a channel and a few numbers a scale tried, for each batch and group. Where weights are
+fitted to their inputs it is one (K, K) sum of 8-byte integers for each set of linears that read the same x, and with
+"best" another of as many rows as the set has outputs, K at most.
 """
 
 from __future__ import annotations

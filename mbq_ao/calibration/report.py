@@ -64,8 +64,8 @@ Record: TypeAlias = GroupReport | FitReport
 class ExpertsReport:
     """The experts of one module.
 
-    module: its name, relative to `block`.  num_tokens: of each expert, the calibration tokens that its own scales come
-    from (with the balance on: vision and answer tokens); empty if it cannot be told which tokens they get.
+    module: its name, relative to `block`.  num_tokens: of each expert, the calibration tokens that it is calibrated on
+    (in a balanced search: vision and answer tokens); empty if it cannot be told which tokens they get.
     """
 
     block: str
@@ -74,19 +74,19 @@ class ExpertsReport:
 
     @property
     def uncalibrated(self) -> list[int]:
-        """The experts that got no such token. Their own scales are 1: plain rounding."""
+        """The experts that got no such token: what is theirs alone is rounded plainly."""
         return [e for e, n in enumerate(self.num_tokens) if n == 0]
 
     def warning(self) -> str | None:
         """What a user should know of these experts; None if each was calibrated."""
         name = f"{self.block}.{self.module}"
         if not self.num_tokens:
-            return f"{name}: it cannot be told which tokens the experts get, their own scales are 1 (plain rounding)"
+            return f"{name}: it cannot be told which tokens the experts get; what is theirs alone is rounded plainly"
         if not (missed := self.uncalibrated):
             return None
         return (
-            f"{name}: no calibration token for {len(missed)} of {len(self.num_tokens)} experts, their own scales are 1 "
-            f"(plain rounding): {some([str(e) for e in missed])}"
+            f"{name}: no calibration token for {len(missed)} of {len(self.num_tokens)} experts; what is theirs alone "
+            f"is rounded plainly: {some([str(e) for e in missed])}"
         )
 
 
@@ -179,7 +179,7 @@ class CalibrationReport:
                 name: [kind(**_known(kind, one)) for one in found]
                 for name, kind, found in (
                     ("groups", GroupReport, values["groups"]),
-                    ("fits", FitReport, values.get("fits", [])),  # 0.1 had none
+                    ("fits", FitReport, values.get("fits", [])),  # reports written before fits had none
                     ("experts", ExpertsReport, values["experts"]),
                 )
             }
@@ -248,7 +248,7 @@ class CalibrationReport:
             )
         if gains := [1 - fit.loss / fit.loss_rtn for fit in self.fits if fit.loss_rtn]:
             lines.append(
-                f"rounding fitted to the inputs of {len(self.fitted)} weights: its error is "
+                f"{len(self.fitted)} weights fitted to their inputs: on these their error is "
                 f"{100 * sum(gains) / len(gains):.0f}% below plain rounding's on average"
             )
         if counts := [n for experts in self.experts for n in experts.num_tokens]:
@@ -273,7 +273,8 @@ class CalibrationReport:
         return "\n".join(lines)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Sensitivity by layer and the search loss against plain rounding, as a matplotlib figure.
+        """What calibration leaves of plain rounding's error by layer, and where modalities were weighed their
+        sensitivity, as a matplotlib figure.
 
         path: also saved there (the suffix chooses the format). Raises ImportError without matplotlib.
         """

@@ -94,7 +94,7 @@ def owners_of_parameters(model: nn.Module) -> dict[nn.Parameter, list[str]]:
 def _check_weight(name: str, weight: nn.Parameter) -> None:
     if isinstance(weight, TorchAOBaseTensor):
         raise ValueError(
-            f"{name} is already quantized ({type(weight).__name__}): scales cannot be searched on quantized weights; "
+            f"{name} is already quantized ({type(weight).__name__}): calibration needs full-precision weights; "
             "load the full-precision model again"
         )
     if weight.dtype not in _DTYPES:

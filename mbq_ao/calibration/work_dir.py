@@ -3,11 +3,12 @@
     mbq_ao.lock              held by the process that uses the folder; the kernel lets go of it when that dies
     run.safetensors          the fingerprint of model, data and settings, and the environment
     sensitivity.safetensors  r of every inspected module
-    block_0000.safetensors   of one decoder layer: its groups' scales and reports
+    block_0000.safetensors   of one decoder layer: its groups' scales, fitted weights, and reports
     stack_00_block_0000.safetensors  the same of a block of the vision tower, or of what else `targets` chose
 
-Scales and reports are all there is to keep: new weights, the streams between the layers and the checks follow from
-them and from the model, in the same operations as in a run that was not interrupted, hence bit for bit.
+Scales, fitted weights and reports are all there is to keep: other new weights, the streams between the layers and the
+checks follow from them and from the model, in the same operations as in a run that was not interrupted, hence bit for
+bit.
 
 A file is written beside its place, fsynced, renamed, and the folder fsynced: after a kill or a power cut it is there
 whole or not at all. It carries a checksum, and a key over the fingerprint and whatever else its content follows from.
@@ -45,7 +46,7 @@ from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.report import some
 from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
-_FORMAT = 2  # to be raised when a step comes to compute something else from the same fingerprint
+_FORMAT = 3  # to be raised when a step comes to compute something else from the same fingerprint
 _LOCK = "mbq_ao.lock"
 _MOST = 10  # lines about what differs
 _HASH = " sha256:"

@@ -22,7 +22,7 @@ def inspect(
     plot: Annotated[
         Path | None,
         typer.Option(
-            help="Draw the weights, and the sensitivity that the calibration found, into this folder.",
+            help="Draw the weights, and what the calibration gained, into this folder.",
             rich_help_panel="Output",
         ),
     ] = None,

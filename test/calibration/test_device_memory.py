@@ -82,7 +82,7 @@ def calibrated(
         ("qwen3_vl_moe", {"propagate_error": True, "n_grid": 2}),
         ("qwen3_vl", {"targets": "decoder+vision", "propagate_error": True, "precision": "w4a8", "n_grid": 3}),
         ("mllama", {"targets": "decoder+vision", "n_grid": 3}),
-        ("qwen3_vl_moe", {"targets": "decoder+vision", "recipe": "gptq", "balance": True}),
+        ("qwen3_vl_moe", {"targets": "decoder+vision", "recipe": "best", "balance": True}),
     ],
 )
 def test_where_the_model_lies_does_not_change_a_bit(

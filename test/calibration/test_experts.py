@@ -311,7 +311,7 @@ layers.0  gate up  norm            0.25  0.500         2     1   50%
 8 linears: 0.0 MB -> 0.0 MB (nanx smaller), calibrated in 0 s
 search loss 42% below plain rounding on average; logits moved by 0.0e+00 (relative) through folding alone
 experts: 5; calibration tokens of each: 0 to 7, median 6
-layers.0.mlp.experts: no calibration token for 1 of 3 experts, their own scales are 1 (plain rounding): 0
-layers.1.mlp.experts: it cannot be told which tokens the experts get, their own scales are 1 (plain rounding)
+layers.0.mlp.experts: no calibration token for 1 of 3 experts; what is theirs alone is rounded plainly: 0
+layers.1.mlp.experts: it cannot be told which tokens the experts get; what is theirs alone is rounded plainly
 routers, never quantized: layers.0.mlp.gate""",
     )

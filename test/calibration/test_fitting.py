@@ -86,6 +86,8 @@ def test_every_linear_is_fitted_to_what_it_reads_at_serving_time(precision: Any,
     vision = torch.cat([(batch["input_ids"] == model.config.image_token_id).flatten() for batch in data])
     inputs = read_by(model, [name for name, _ in packed_linears(model)], data)
     assert len(inputs) == 14
+    losses = {f"{fit.block}.{name}": (fit.loss_rtn, fit.loss) for fit in report.fits for name in fit.linears[:1]}
+    alone = {f"{fit.block}.{fit.linears[0]}" for fit in report.fits if len(fit.linears) == 1}
     for name, weight in packed_linears(model):
         r = of_linear[name]
         assert r is not None and r != 1
@@ -93,6 +95,10 @@ def test_every_linear_is_fitted_to_what_it_reads_at_serving_time(precision: Any,
         expected, _ = compensate(original[f"{name}.weight"], x.T @ x, grid_of(precision, weight.group_size))
         # Where a value lies between two points, the last bit decides, and all that follows in its row differs.
         assert ((weight.dequantize() - expected).abs() < 1e-5).float().mean() > 0.97, name
+        if name in alone:
+            w = original[f"{name}.weight"]
+            rounded = type(weight).from_hp(w, weight.group_size).dequantize(), weight.dequantize()
+            assert losses[name] == pytest.approx([float(((w - q) @ x.T).square().sum()) for q in rounded], rel=1e-3)
 
 
 def test_drift_of_the_inputs_is_made_up_for() -> None:
@@ -150,6 +156,19 @@ def test_padding_does_not_count() -> None:
         assert ((weight - weights[1][name]).abs() < 1e-5).float().mean() > 0.97, name
 
 
+def test_experts_whose_tokens_cannot_be_told_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the unquantized run alone, say because its router gives all experts of a token the same weight."""
+    model, data = build_model("qwen3_moe"), calib_data("qwen3_moe")
+    original = model.get_submodule("model.layers.1.mlp.experts").gate_up_proj.detach().clone()
+    rows, calls = fitting.expert_rows, iter(range(1000))
+    monkeypatch.setattr(fitting, "expert_rows", lambda *a, **k: rows(*a, **k) if next(calls) % 2 == 0 else None)
+    report = quantized(model, data, RECIPES["best"])
+    found = model.get_submodule("model.layers.1.mlp.experts").gate_up_proj
+    assert torch.equal(found.dequantize(), MBQInt3Tensor.fake_quantize(original, found.group_size))
+    assert "model.layers.1.mlp.experts.gate_up_proj" in report.not_scaled
+    assert "model.layers.1.self_attn.q_proj" in report.fitted
+
+
 def test_experts_are_fitted_to_their_own_tokens() -> None:
     model, data = build_model("qwen3_moe"), calib_data("qwen3_moe", 6)
     experts = "model.layers.1.mlp.experts"
@@ -180,7 +199,7 @@ def test_by_name(tmp_path: Path, recipe: Any, balance: bool | None) -> None:
     assert report.settings["balance"] is bool(balance)
     for fit in report.fits:
         assert (fit.sensitivity is not None) is (fit.sensitivity_raw is not None) is bool(balance)
-    assert str(report).count("\n") == 2 + 8 + 1 and "rounding fitted to the inputs of 14 weights" in str(report)
+    assert str(report).count("\n") == 2 + 8 + 1 and "14 weights fitted to their inputs" in str(report)
     save_pretrained(model, tmp_path / "m")
     assert CalibrationReport.from_json(tmp_path / "m" / "mbq_report.json").fits == report.fits
     again = from_pretrained(tmp_path / "m")

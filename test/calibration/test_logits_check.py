@@ -108,6 +108,9 @@ def test_full_logits_are_not_held(model: nn.Module) -> None:
 
     batches = collect_batches(model, [build_batch("llama", num_text=100)], None)
     handle = model.lm_head.register_forward_hook(note)
-    check_logits(model, {"model.layers.0": model.model.layers[0]}, {"model.layers.0": []}, batches)
+    layer = model.model.layers[0]
+    group = ScaleGroup(ATTENTION, "input_layernorm", "weight")
+    ones = Scaling(group, torch.ones(layer.self_attn.q_proj.in_features))
+    check_logits(model, {"model.layers.0": layer}, {"model.layers.0": [ones]}, batches)
     handle.remove()
     assert sizes == [64, 64]

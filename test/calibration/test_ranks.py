@@ -114,7 +114,7 @@ CASES = {
         {"recipe": "paper", "loss": "mse"},
         {"recipe": "smoothquant", "precision": "w4a8", "n_grid": 20},
         {"recipe": "gptq", "balance": True, "n_grid": 20},
-        {"family": "qwen3_vl_moe", "recipe": "gptq", "precision": "w4a8", "n_grid": 20},
+        {"family": "qwen3_vl_moe", "recipe": "best", "precision": "w4a8", "n_grid": 20},
         {"balance": False},
         {"family": "mllama"},  # the image is another sequence than the text
         {"family": "qwen3_vl_moe", "propagate_error": True},
@@ -129,7 +129,7 @@ CASES = {
         {"family": "llama4", "precision": "w4a8"},
         {"number": 2},  # one rank has no batch of its own
         {"number": 2, "targets": "decoder+vision"},
-        {"number": 2, "targets": "decoder+vision", "recipe": "gptq", "n_grid": 20},
+        {"number": 2, "targets": "decoder+vision", "recipe": "best", "n_grid": 20},
     ],
 }
 

@@ -114,7 +114,7 @@ def test_fits(report: CalibrationReport, tmp_path: Path) -> None:
     lines = str(report).splitlines()
     assert lines[4].split() == ["down_proj", "-", "-", "-", "8", "2", "75%"]
     assert lines[6].split() == ["o", "-", "-", "0.500", "4", "3", "25%"]
-    assert "rounding fitted to the inputs of 2 weights: its error is 50% below plain rounding's on average" in lines
+    assert "2 weights fitted to their inputs: on these their error is 50% below plain rounding's on average" in lines
     assert report.fitted == ["layers.0.mlp.down_proj", "layers.1.o"] and len(report.records()) == 5
     report.to_json(tmp_path / "report.json")
     assert CalibrationReport.from_json(tmp_path / "report.json") == report

@@ -37,7 +37,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "w3a16 propagated": {"propagate_error": True},
     "w4a8": {"precision": "w4a8"},
     "w4a8 propagated": {"precision": "w4a8", "propagate_error": True},
-    "gptq": {"recipe": "gptq", "balance": True, "n_grid": 20},
+    "best": {"recipe": "best", "balance": True, "n_grid": 20},
 }
 each_kind = pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 LAYERS = "model.language_model.layers"
