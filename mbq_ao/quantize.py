@@ -203,10 +203,10 @@ def mbq_config(
     group_size: 32, 64 or 128 input channels share a scale; None: one scale a row. "auto" is 128 for w3a16 and None
         for w4a8. The published code knows no groups for w4a8: there recipe="paper" has one scale a row, whatever
         is given. `group_size` of the config returned is what was decided.
-    recipe: "best" does best over both beds of benchmarks/accuracy.py, in both precisions: no scales, but each weight fitted to
-        its inputs. Grids are searched for each group, columns make up for each other's rounding (as "gptq"), and for
-        what rounding before has changed in the inputs. Weights are fitted to calib_data more closely than by scales:
-        what it lacks, such as plain text, may suffer.
+    recipe: "best" does best over both beds of benchmarks/accuracy.py, in both precisions: no scales, but each weight
+        fitted to its inputs. Grids are searched for each group, columns make up for each other's rounding (as "gptq"),
+        and for what rounding before has changed in the inputs. Weights are fitted to calib_data more closely than by
+        scales: what it lacks, such as plain text, may suffer.
         "mbq" is the corrected calibration of the paper: scales for channels, searched under the balanced loss.
         "paper" computes what the published code computes, number for number: padding counts, answers are not shifted to
         the positions that predict them, o_proj is scaled only where v_proj has its shape, and what no producer can take
@@ -235,13 +235,13 @@ def mbq_config(
         them. They cannot name experts.
     blocks: the decoder layers, where `model.get_decoder()` does not lead to them.
     targets: what is calibrated. "decoder": its layers. "decoder+vision": also the vision tower's blocks and the
-        projector, in the same precision and by the same recipe, on the images of calib_data, with all patches
-        counting alike. A filter, (module, fqn) -> bool: these nn.Linear of the whole model, whatever they are in;
-        filter_fn then narrows what it takes. Not with `vision` for the same linears. With propagate_error, "best" or "gptq" the decoder
-        is calibrated behind the quantized tower. The report says stack by stack what was calibrated; which linears are
-        rounded without calibration, because they are called alone or behind the decoder's layers (lm_head); and which
-        are left alone, because no batch runs them. Convolutions and embeddings stay as they are, and
-        unless a filter takes them linears that embed patches.
+        projector, in the same precision and by the same recipe, on the images of calib_data, with all patches counting
+        alike. A filter, (module, fqn) -> bool: these nn.Linear of the whole model, whatever they are in; filter_fn then
+        narrows what it takes. Not with `vision` for the same linears. With propagate_error, "best" or "gptq" the
+        decoder is calibrated behind the quantized tower. The report says stack by stack what was calibrated; which
+        linears are rounded without calibration, because they are called alone or behind the decoder's layers (lm_head);
+        and which are left alone, because no batch runs them. Convolutions and embeddings stay as they are, and unless a
+        filter takes them linears that embed patches.
 
     Raises ValueError for a value outside these choices.
     """
@@ -287,9 +287,9 @@ def quantize_(
         `mbq_ao.calibration.memory.estimate` says what is needed. compute_device="cuda" alone calibrates a model on the
         GPU and leaves it on the host. None: `device`, or each layer where it is.
     progress: show progress bars.
-    work_dir: a folder, made if missing, in which each block's scales or fitted weights are kept as soon as they are found. If
-        this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit as an
-        uninterrupted one would have (same machine, same versions; others warn). Raises ValueError naming what
+    work_dir: a folder, made if missing, in which each block's scales or fitted weights are kept as soon as they are
+        found. If this process dies, even by kill -9, the same call finishes the work and leaves the model bit for bit
+        as an uninterrupted one would have (same machine, same versions; others warn). Raises ValueError naming what
         differs if the folder is of another model, other data or another config (`vision` may be another), and if
         another process uses it; OSError if it cannot be written, with the layers before kept. The folder stays at the
         end, and the same call on the unquantized model finishes quickly from it; delete it when you like.
