@@ -150,7 +150,9 @@ def draw(options: argparse.Namespace) -> None:
     if not shown["3 bits"]:
         sys.exit(f"nothing to draw in {options.runs}: measure first, with the same options but --pictures")
     draw_costs({name: of for name, of in shown.items() if of}, RESULTS / "accuracy.png")
-    draw_searches(shown["3 bits"], RESULTS / "accuracy_searches.png")
+    # Without plain text, as in the paper: its many answer tokens have gradients of another size, which would enter r.
+    pairs = argparse.Namespace(**vars(options) | {"texts": 0})
+    draw_searches(folders_of(pairs, "w3a16"), RESULTS / "accuracy_searches.png")
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from models import build_model
@@ -86,6 +87,20 @@ def test_a_model_and_conversations_of_ones_own(tmp_path: Path, monkeypatch: pyte
     full, *others = json.loads(written.read_text())["rows"]
     assert (full["nll"] > 0, full["kl"], full["cosine"]) == (True, 0, pytest.approx(1, abs=1e-6))
     assert {row["method"] for row in others} == {"RTN", "GPTQ"} and all(row["kl"] > 0 for row in others)
+
+
+@pytest.mark.parametrize("precision", ["w3a16", "w4a8"])
+def test_tables_of_the_readme(precision: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """They are what the kept runs say."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import accuracy
+
+    options = ["--precision", precision, "--split", "test", "--images", "96", "--texts", "8"]
+    monkeypatch.setattr("sys.argv", ["accuracy.py", "--compare", *options])
+    accuracy.main()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = readme.partition(f"<!-- accuracy-{precision} -->\n")[2].partition(f"<!-- /accuracy-{precision} -->")[0]
+    assert table == capsys.readouterr().out
 
 
 @pytest.mark.benchmark

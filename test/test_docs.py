@@ -161,28 +161,23 @@ def test_sizes_are_those_of_real_tensors(model_sizes: ModuleType) -> None:
             assert found == model_sizes.w4a8_nbytes(n, k, group_size)
 
 
-def _each(rows: list[dict], field: str, factor: float, digits: int) -> str:
-    return ", ".join(f"{factor * row[field]:.{digits}f}" for row in rows)
-
-
 def test_demo_accuracy() -> None:
     results = ROOT / "benchmarks" / "results"
-    runs = [
-        json.loads((results / f"{name}.json").read_text())
-        for name in ("demo", *(f"demo_w4a8_seed{i}" for i in range(3)))
-    ]
-    w3a16, *w4a8 = [{row["name"]: row for row in run["rows"]} for run in runs]
     rows = {
-        "full precision": [w3a16["full precision"]],
-        "W3A16 (groups of 64), rounded": [w3a16["W3 RTN"]],
-        "W3A16 (groups of 64), MBQ": [w3a16["W3 MBQ"]],
-        "W4A8, rounded": [w4a8[0]["W4A8 RTN"]],
-        "W4A8, MBQ, seeds 0, 1, 2": [run["W4A8 MBQ"] for run in w4a8],
+        row["name"]: row
+        for run in ("demo", "demo_w4a8")
+        for row in json.loads((results / f"{run}.json").read_text())["rows"]
+    }
+    shown = {
+        "full precision": "full precision",
+        "W3A16 (groups of 64), rounded": "W3 RTN",
+        "W3A16 (groups of 64), calibrated": "W3 best",
+        "W4A8, rounded": "W4A8 RTN",
+        "W4A8, calibrated": "W4A8 best",
     }
     expected = [
-        f"| {name} | {found[0]['nbytes'] / 1e6:.0f} | {_each(found, 'accuracy', 100, 1)} | "
-        f"{_each(found, 'answer_nll', 1, 3)} |"
-        for name, found in rows.items()
+        f"| {name} | {row['nbytes'] / 1e6:.0f} | {100 * row['accuracy']:.1f} | {row['answer_nll']:.3f} |"
+        for name, row in ((name, rows[run]) for name, run in shown.items())
     ]
     assert _table("demo-accuracy")[2:] == expected
 

@@ -28,7 +28,10 @@ def draw_costs(folders: dict[str, dict[str, Path]], path: Path) -> None:
     figure, panels = plt.subplots(len(beds), len(folders), figsize=(11, 4.6), squeeze=False, layout="constrained")
     for column, (precision, of) in zip(panels.T, folders.items(), strict=True):
         for axes, bed in zip(column, beds, strict=True):
-            runs = {r.method: r for r in load_runs(of[bed])} if bed in of else {}
+            if bed not in of:
+                axes.set_visible(False)
+                continue
+            runs = {r.method: r for r in load_runs(of[bed])}
             _draw_methods(axes, [runs[m] for m in ORDER[1:] if m in runs])
             axes.set_title(f"{precision}, {bed}", fontsize=10, loc="left")
     for axes in panels[-1]:
@@ -43,7 +46,7 @@ def _draw_methods(axes: Axes, runs: Sequence[Runs]) -> None:
         draws = [float(run["kl"].mean()) for run in r.runs]
         axes.plot(draws, [y] * len(draws), "o", ms=5, color=color, alpha=0.6)
         axes.plot([r.mean("kl")], [y], "|", ms=14, mew=2, color=color)
-    axes.set(xscale="log", yticks=range(len(runs)), ylim=(len(runs) - 0.4, -0.6))
+    axes.set(xscale="log", xlim=(1e-3, 10), yticks=range(len(runs)), ylim=(len(runs) - 0.4, -0.6))
     axes.set_yticklabels([r.method for r in runs], fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -87,6 +90,6 @@ def _sensitivities(runs: Sequence[dict[str, Any]], kind: str) -> tuple[list[int]
     by_layer: dict[str, list[float]] = {}
     for run in runs:
         for search in run["searches"]:
-            if kind in search["linears"][0] and search["sensitivity"] is not None:
+            if kind in search["linears"][0] and search["sensitivity"]:  # 0 behind the last layer that reads the image
                 by_layer.setdefault(search["block"], []).append(search["sensitivity"])
     return list(range(len(by_layer))), [fmean(values) for values in by_layer.values()]

@@ -4,7 +4,9 @@
 
 g is the gradient of the supervised loss at the output of the module whose error the search compares.
 |g_v| and |g_l| are its mean absolute value over the vision and the answer tokens and all channels, for
-each sample alone, then averaged over samples. Only their ratio matters for the argmin:
+each sample alone, then averaged over samples; those without an image have no part in it, as the many answer tokens of
+a plain text have much smaller gradients and would pass for the answers about images. Only their ratio matters for the
+argmin:
 
     r = |g_v| / |g_l|,   raised to the median of r over the layers where it is below (the floor of the
                           authors' code, not in the paper: late layers have |g_v| near 0 and would let the
@@ -63,8 +65,8 @@ def modality_sensitivity(
             )
         for kind, mask in masks.items():
             per_token = grad.detach().abs().float().mean(-1).reshape(-1, *mask.shape).mean(0).to(mask.device)
-            for row, selected in zip(per_token, mask, strict=True):
-                if selected.any():
+            for row, selected, of_image in zip(per_token, mask, masks["vision"], strict=True):
+                if selected.any() and of_image.any():
                     found[-1][key][kind].append(row[selected].mean().item())
 
     with _gradients_of_activations_only(model, blocks, placement):

@@ -51,8 +51,8 @@ def test_a_model_quantized_already(model: nn.Module) -> None:
     expect(
         str(caught.value),
         """\
-model.language_model.layers.0.self_attn.q_proj.weight is already quantized (MBQInt3Tensor): scales cannot be \
-searched on quantized weights; load the full-precision model again""",
+model.language_model.layers.0.self_attn.q_proj.weight is already quantized (MBQInt3Tensor): calibration needs \
+full-precision weights; load the full-precision model again""",
     )
 
 
