@@ -237,9 +237,9 @@ for index, errors in left.items():
 #   balanced search moves error away from them, on samples that it has not seen.
 # * It is three layers, four samples and answers of two tokens. With so few answer tokens the search can be misled by
 #   chance, and r itself moves by a factor of two or so with the samples. Use 16 to 128.
-# * Errors of layers are not the model's quality. Whether the quantized model *answers* better is another measurement, and
-#   the README has it, method by method: both searches are better than plain rounding, which of the two is better differs
-#   between models, and weights fitted to their inputs, the default recipe, are better than either.
+# * Errors of layers are not the model's quality. Whether the quantized model *answers* better is another measurement,
+#   and the README has it, method by method: both searches are better than plain rounding, which of the two is better
+#   differs between models, and weights fitted to their inputs, the default recipe, are better than either.
 #
 # Next: [4. compile and generate](04_compile_and_generate.ipynb), or [5. how to
 # measure](05_evaluate_with_lm_eval.ipynb).
