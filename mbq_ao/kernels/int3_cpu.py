@@ -78,7 +78,9 @@ def int3_linear_cpu(
 def _linear_dequantized(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
     """x @ W.T, W being unpacked in pieces that fit a cache. In x's dtype where the CPU multiplies it, else in fp32."""
     n, k = scale.shape[0], x.shape[1]
-    dtype = x.dtype if _multiplies(x.dtype) else torch.float32
+    # In bf16 on CPUs with AMX torch 2.13 reads up to 32 columns past the end of a row and multiplies them by zero: a
+    # NaN there, in another token or in no tensor at all, would reach this one.
+    dtype = x.dtype if _multiplies(x.dtype) and k % 32 == 0 else torch.float32
     x = x.to(dtype)
     y = x.new_empty((x.shape[0], n))
     step = max(_CHUNK // max(k, 1) // TILE_N, 1) * TILE_N

@@ -59,7 +59,8 @@ def _fits_fp32(d: Tensor, scale: Tensor, k: int) -> bool:
 
 def sum_products(xq: Tensor, q: Tensor) -> Tensor:
     """xq @ q.T of int8 matrices (M, K) and (N, K), |q| <= 8: fp32 (M, N), the exact sums, rounded once."""
-    if xq.device.type == "cpu" and has_int8_matmul() and xq.shape[1]:
+    # With one column torch 2.13's integer product is wrong where the CPU has instructions for it (AVX-512).
+    if xq.device.type == "cpu" and has_int8_matmul() and xq.shape[1] > 1:
         return torch._int_mm(xq.contiguous(), q.t()).to(torch.float32)
     parts = [
         xq[:, start : start + _EXACT_COLUMNS].float() @ q[:, start : start + _EXACT_COLUMNS].float().t()

@@ -131,7 +131,7 @@ class TestValues:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
     def test_many_rows_in_pieces(self, dtype: torch.dtype, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(int3_cpu, "_multiplies", lambda _: native)
-        w, bias, x = weight(100, 300, 64), random_x(100), random_x(40, 300, dtype=dtype)
+        w, bias, x = weight(100, 288, 64), random_x(100), random_x(40, 288, dtype=dtype)
         pieces = []
         dequantize = int3_cpu.dequantize_reference
 
@@ -140,7 +140,7 @@ class TestValues:
             return dequantize(*args)
 
         monkeypatch.setattr(int3_cpu, "dequantize_reference", record)
-        monkeypatch.setattr(int3_cpu, "_CHUNK", 300 * 40)
+        monkeypatch.setattr(int3_cpu, "_CHUNK", 288 * 40)
         y = int3_linear(x, *w, bias, 64)
         computed_in = dtype if native else torch.float32
         assert pieces == [(32, computed_in)] * 3 + [(4, computed_in)]
@@ -248,3 +248,14 @@ def test_compiled_fuzz(rows_in_a_call: int, case: linear_cases.Case) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(int3_cpu, "MIN_WEIGHTS_PER_ROW", 0)
         linear_cases.assert_right(torch.ops.mbq_ao.int3_linear(*case.arguments()), case)
+
+
+@pytest.mark.parametrize("k", [17, 34, 64, 100])
+def test_a_nan_beside_the_rows_reaches_none_of_them(k: int) -> None:
+    """Matmuls in 16 bits may read past a row's end."""
+    x = torch.randn(33, k + 3, dtype=torch.bfloat16)
+    x[:, k:] = torch.nan
+    x[5, 0] = torch.nan
+    weight = MBQInt3Tensor.from_hp(torch.randn(40, k, dtype=torch.bfloat16), 32)
+    y = torch.nn.functional.linear(x[:, :k], weight)
+    assert y.isnan().any(1).nonzero().tolist() == [[5]]
