@@ -37,7 +37,9 @@ from small_vlm import device_name
 from mbq_ao.calibration.report import CalibrationReport
 from mbq_ao.demo.run import unpacked_once
 
-_METHODS_HELP = f'"all", or some of {", ".join(METHODS)}, each with changes after commas: "GPTQ, grid, shrink=0.2"'
+_METHODS_HELP = (
+    f'"all", or some of {", ".join(METHODS)}, each with changes after commas: "GPTQ, grid", "MBQ paper, floor=off"'
+)
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = RESULTS / "accuracy_runs"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from models import build_model
 from PIL import Image
 from processors import build_processor
+
+from mbq_ao.calibration.settings import RECIPES
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,9 +56,13 @@ def test_names_of_methods(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert method_of("MBQ + GPTQ") is METHODS["MBQ + GPTQ"]
     assert method_of("GPTQ, grid, drift") == method_of("best")
-    changed = method_of("AWQ-like, grid, shrink=0.2, loss=mae")
-    assert (changed.recipe.search_grid, changed.recipe.shrinkage, changed.recipe.scaled) == (True, 0.2, True)
-    assert changed.settings == {"balance": False, "loss": "mae"}
+    changed = method_of("AWQ-like, grid, power=0.5, loss=mae, balance=on")
+    assert (changed.recipe.search_grid, changed.recipe.sensitivity_power, changed.recipe.scaled) == (True, 0.5, True)
+    assert changed.settings == {"balance": True, "loss": "mae"}
+    expected = replace(RECIPES["paper"], shift_answers=True, floored=False)
+    assert method_of("MBQ paper, shift, floor=off").recipe == expected
+    with pytest.raises(ValueError, match='"on" or "off", got \'no\''):
+        method_of("MBQ paper, floor=no")
     with pytest.raises(ValueError, match="there is no method 'GPTQ, grit'"):
         method_of("GPTQ, grit")
 

@@ -62,19 +62,30 @@ METHODS = {
     "MBQ + GPTQ": Method(replace(SCALES, compensated=True, sensitivity_power=0)),
     "MBQ + wGPTQ": Method(replace(SCALES, compensated=True)),
 }
+
+
+def _switch(text: str) -> bool:
+    """Raises ValueError for anything but "on" and "off"."""
+    if text not in ("on", "off"):
+        raise ValueError(f'a step is "on" or "off", got {text!r}')
+    return text == "on"
+
+
 CHANGES: dict[str, tuple[str, Callable[[str], Any]]] = {
-    "grid": ("search_grid", bool),
-    "drift": ("corrects_drift", bool),
-    "act order": ("act_order", bool),
-    "shrink": ("shrinkage", float),
+    "grid": ("search_grid", _switch),
+    "drift": ("corrects_drift", _switch),
+    "act order": ("act_order", _switch),
+    "shift": ("shift_answers", _switch),
+    "floor": ("floored", _switch),
+    "balance": ("balance", _switch),
     "power": ("sensitivity_power", float),
     "loss": ("loss", str),
-    "distorted": ("propagate_error", bool),
+    "distorted": ("propagate_error", _switch),
 }
 
 
 def method_of(name: str) -> Method:
-    """One of METHODS, and after commas what of CHANGES is different in it: "GPTQ, grid, shrink=0.2".
+    """One of METHODS, and after commas what of CHANGES is different in it: "GPTQ, grid, power=0.5".
 
     Raises ValueError for another name.
     """

@@ -99,9 +99,6 @@ def _fit(
         drift.div_(s)
         if len(drift) == k:
             drift.div_(s[:, None])
-    if recipe.shrinkage:
-        diagonal = hessian.diagonal().clone()
-        hessian.mul_(1 - recipe.shrinkage).diagonal().copy_(diagonal)
     if recipe.corrects_drift:
         weight = weight + _correction(drift if len(drift) < k else weight @ drift, hessian)
     del drift

@@ -209,7 +209,7 @@ class _Work:
             with report.timed("sensitivity"):
                 state = store.once("sensitivity", measure, follows_from=inspected)
             raw_ratios = {(block, name): r for block, name, r in state.record}
-        ratios = floor_at_median(raw_ratios)
+        ratios = floor_at_median(raw_ratios) if settings.recipe.floored else raw_ratios
 
         where = "" if masks is not None else f", {stack.name}"
         doing = "scale search" if settings.recipe.scaled else "fitting weights"

@@ -56,7 +56,7 @@ class Recipe:
     compensated: bool = False  # let columns make up for each other's rounding
     act_order: bool = False  # in doing so, begin with the columns of the largest inputs
     corrects_drift: bool = False  # and, first, for what the inputs themselves have drifted by
-    shrinkage: float = 0.0  # share by which what channels have in common is discounted, as few tokens overstate it
+    floored: bool = True  # no r below its median over the layers: the authors' code, not their text
     sensitivity_power: float = 1.0  # in all three, vision tokens weigh r to this power; 0: all tokens alike
 
     @property

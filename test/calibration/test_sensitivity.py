@@ -1,5 +1,6 @@
 """Modality sensitivity against a naive oracle: transformers' own loss, weight gradients on, backward hooks."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,8 +9,10 @@ from families import IMAGE
 from models import assert_unchanged, build_batch, build_model, float_inputs, model_inputs, pad_right, snapshot
 from torch import Tensor, nn
 
+from mbq_ao import mbq_config
 from mbq_ao.calibration.batch import collect_batches
 from mbq_ao.calibration.capture import find_blocks, takes
+from mbq_ao.calibration.mbq import calibrate
 from mbq_ao.calibration.sensitivity import floor_at_median, modality_sensitivity
 
 COMPARED = ("self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj")
@@ -170,6 +173,17 @@ def test_the_floor_is_the_median_over_the_blocks_of_each_module() -> None:
         ("3", "attn"): pytest.approx(0.3),
         ("0", "mlp"): 0.1,
     }
+
+
+@pytest.mark.parametrize("floored", [True, False])
+def test_whether_r_is_raised_to_the_floor_is_the_recipes_choice(floored: bool) -> None:
+    data = [build_batch("llava")]
+    settings = mbq_config(data, group_size=32, recipe="mbq", n_grid=1).settings()
+    settings = replace(settings, recipe=replace(settings.recipe, floored=floored))
+    _, report = calibrate(build_model("llava"), data, settings, progress=False)
+    found = [(group.sensitivity, group.sensitivity_raw) for group in report.groups]
+    assert len(found) == 8 and all(r is not None and raw is not None and r >= raw for r, raw in found)
+    assert any(r > raw for r, raw in found) == floored
 
 
 def test_several_hidden_states_a_token() -> None:
