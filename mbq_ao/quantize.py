@@ -205,8 +205,9 @@ def mbq_config(
         is given. `group_size` of the config returned is what was decided.
     recipe: "best" does best over both beds of benchmarks/accuracy.py, in both precisions: no scales, but each weight
         fitted to its inputs. Grids are searched for each group, columns make up for each other's rounding (as "gptq"),
-        and for what rounding before has changed in the inputs. Weights are fitted to calib_data more closely than by
-        scales: what it lacks, such as plain text, may suffer.
+        and for what rounding before has changed in the inputs and in the residual stream; the fewer tokens there are,
+        the less is made of what they have in common; in the end scales and values are settled once more. Weights are
+        fitted to calib_data more closely than by scales: what it lacks, such as plain text, may suffer.
         "mbq" is the corrected calibration of the paper: scales for channels, searched under the balanced loss.
         "paper" computes what the published code computes, number for number: padding counts, answers are not shifted to
         the positions that predict them, o_proj is scaled only where v_proj has its shape, and what no producer can take

@@ -55,7 +55,7 @@ def test_names_of_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     from accuracy_bed.methods import METHODS, method_of
 
     assert method_of("MBQ + GPTQ") is METHODS["MBQ + GPTQ"]
-    assert method_of("GPTQ, grid, drift") == method_of("best")
+    assert method_of("GPTQ, grid, drift, residual, discount, rounds=3") == method_of("best")
     changed = method_of("AWQ-like, grid, power=0.5, loss=mae, balance=on")
     assert (changed.recipe.search_grid, changed.recipe.sensitivity_power, changed.recipe.scaled) == (True, 0.5, True)
     assert changed.settings == {"balance": True, "loss": "mae"}

@@ -86,11 +86,11 @@ print("\n".join(str(report).splitlines()[:10]))
 
 # %% [markdown]
 # * `loss RTN` is the error of the linears' outputs if every weight is rounded to the nearest value of its group, on the
-#   inputs that the calibration data gives them; `loss` is what the fitted weights leave, and `gain` the difference. On
-#   other inputs it is less, and with four samples much less: they have fewer tokens than a layer has columns to fit.
-# * Two things make it smaller: each group's range is chosen by the error it leaves, and each column makes up for what
-#   rounding did to the ones before it. A third is in neither number: before it is rounded, a weight is moved to make up
-#   for what rounding did in the layers before.
+#   inputs that the calibration data gives them; `loss` is what the fitted weights leave, and `gain` the difference.
+#   Four samples have fewer tokens than a layer has columns to fit, and so the fit makes less of them.
+# * Three things make it smaller: each group's range is chosen by the error it leaves, each column makes up for what
+#   rounding did to the ones before it, and in the end values and scales are settled once more. A fourth is in neither
+#   number: before it is rounded, a weight is moved to make up for what rounding did in the layers before.
 # * `folded into`, `alpha` and `r` belong to `recipe="mbq"`, which scales channels instead, and weighs modalities. The
 #   next tutorial is about it.
 #

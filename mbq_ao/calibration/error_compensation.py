@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 Grid = tuple[Tensor, ...]  # of each group: scale, and zero point if there is one
-_COLUMNS = 128  # that are rounded before what they lost reaches the rest of the weight
+COLUMNS = 128  # that are rounded before what they lost reaches the rest of the weight
 _SHRINKS = [1 - i / 10 for i in range(6)]  # of either end of a group's range
 
 
@@ -104,7 +104,7 @@ def compensate(
     if act_order:
         grids += map(tuple, zip(*(p.split(1, 1) for p in grid_of.of(weight, importance)), strict=True))
     group_of = (order // g).tolist()
-    step = _COLUMNS if act_order or g % _COLUMNS == 0 or g >= k else min(g, _COLUMNS)
+    step = COLUMNS if act_order or g % COLUMNS == 0 or g >= k else min(g, COLUMNS)
     for start in range(0, k, step):
         end = min(start + step, k)
         if not act_order and start % g == 0:

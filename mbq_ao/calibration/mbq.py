@@ -25,7 +25,7 @@ Memory beyond the model, at the peak at most, where everything is computed where
       in_features
 
 (measured in test/calibration/test_memory.py). recipe="best" and "gptq" have no targets and outputs, but hold 16 K^2
-bytes, "best" 8 K min(K, N) more, for linears of K inputs and N outputs. Of several stacks one at a time counts, with
+bytes, "best" at most 8 K N more, for linears of K inputs and N outputs. Of several stacks one at a time counts, with
 its own tokens. The sensitivity pass needs less: one hidden state a block and the activations of one block for one batch
 at a time, no weight gradients; and logits of the answers only.
 

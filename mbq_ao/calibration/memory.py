@@ -134,7 +134,9 @@ def estimate(
     of_all_layers = sum(map(_num_parameters, layers))
     fits, drifts = RECIPES[recipe].fits_weights, RECIPES[recipe].corrects_drift
     sets += [(p.shape[2], p.shape[1]) for p in experts]
-    of_set = max(24 * k * n + 16 * k * k + 8 * k * min(k, n) * drifts for k, n in sets)
+    # What drifts is the inputs, or if there are fewer or if they go to the residual, the outputs.
+    widths = [n if n == c else min(k, n) for k, n in sets]
+    of_set = max(24 * k * n + 16 * k * k + 8 * k * width * drifts for (k, n), width in zip(sets, widths, strict=True))
     fitting = 3 * b * layer + of_set + tokens * i * (b + 8)
     balanced = recipe in ("mbq", "paper") if balance is None else balance
     phases = {

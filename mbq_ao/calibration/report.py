@@ -45,8 +45,9 @@ class FitReport:
     """Weights of one block that were fitted together, as they read the same input; all experts of a parameter are one.
 
     linears: names relative to `block`.  loss_rtn, loss: what plain rounding and what the fitted weights leave of
-    sum_t w_t |(W - Q) x_t|^2 (error_compensation.py), W after its correction for drift.  sensitivity: the factor w_t of
-    vision tokens, sensitivity_raw: r before the median floor and the recipe's power; None if the balance is off.
+    sum_t w_t |(W - Q) x_t|^2 (fitting.py), W after its correction for drift; comparable within a record, as w_t is one
+    over the size of the residual stream where that is what is fitted.  sensitivity: the factor w_t of vision tokens,
+    sensitivity_raw: r before the median floor and the recipe's power; None if the balance is off.
     """
 
     block: str

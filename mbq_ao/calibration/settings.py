@@ -57,7 +57,10 @@ class Recipe:
     act_order: bool = False  # in doing so, begin with the columns of the largest inputs
     corrects_drift: bool = False  # and, first, for what the inputs themselves have drifted by
     floored: bool = True  # no r below its median over the layers: the authors' code, not their text
-    sensitivity_power: float = 1.0  # in all three, vision tokens weigh r to this power; 0: all tokens alike
+    corrects_residual: bool = False  # in that, where an output is added to a residual, for the residual's as well
+    discounts_chance: bool = False  # believe less of what few tokens say channels have in common, see fitting.py
+    refining_rounds: int = 0  # and then settle all values and scales again, so often, see refinement.py
+    sensitivity_power: float = 1.0  # in all of these, vision tokens weigh r to this power; 0: all tokens alike
 
     @property
     def fits_weights(self) -> bool:
@@ -72,7 +75,14 @@ RECIPES = {
     "mbq": _CORRECTED,
     "gptq": _GPTQ,
     # What benchmarks/accuracy.py finds best: nothing more than this pays on both of its beds.
-    "best": replace(_GPTQ, search_grid=True, corrects_drift=True),
+    "best": replace(
+        _GPTQ,
+        search_grid=True,
+        corrects_drift=True,
+        corrects_residual=True,
+        discounts_chance=True,
+        refining_rounds=3,
+    ),
     "smoothquant": replace(_CORRECTED, pre_scale_unfolded=False, norms_only=True, smooth_alpha=0.5),
 }
 

@@ -46,7 +46,7 @@ from mbq_ao.calibration.batch import CalibrationBatch
 from mbq_ao.calibration.report import some
 from mbq_ao.calibration.settings import RECIPES, CalibrationSettings
 
-_FORMAT = 3  # to be raised when a step comes to compute something else from the same fingerprint
+_FORMAT = 4  # to be raised when a step comes to compute something else from the same fingerprint
 _LOCK = "mbq_ao.lock"
 _MOST = 10  # lines about what differs
 _HASH = " sha256:"

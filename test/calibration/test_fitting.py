@@ -18,6 +18,7 @@ from mbq_ao import from_pretrained, mbq_config, quantize_, save_pretrained
 from mbq_ao.calibration import fitting
 from mbq_ao.calibration.error_compensation import GridOf, compensate
 from mbq_ao.calibration.mbq import calibrate
+from mbq_ao.calibration.refinement import refine
 from mbq_ao.calibration.report import CalibrationReport
 from mbq_ao.calibration.settings import RECIPES, Recipe
 from mbq_ao.int3_tensor import MBQInt3Tensor
@@ -74,13 +75,18 @@ def sensitivities(family: str, data: list[dict[str, Any]], **options: Any) -> di
     return {f"{g.block}.{name}": g.sensitivity for g in report.groups for name in g.linears}
 
 
-@pytest.mark.parametrize("power", [0, 1, 2])
+@pytest.mark.parametrize(
+    "change",
+    [*({"sensitivity_power": p} for p in (0, 1, 2)), {"discounts_chance": True}, {"refining_rounds": 2}],
+    ids=str,
+)
 @pytest.mark.parametrize("precision", ["w3a16", "w4a8"])
-def test_every_linear_is_fitted_to_what_it_reads_at_serving_time(precision: Any, power: float) -> None:
+def test_every_linear_is_fitted_to_what_it_reads_at_serving_time(precision: Any, change: dict[str, Any]) -> None:
     """Each weight is what compensation makes of the inputs that the quantized model itself gives to it."""
     model, data = build_model("llava"), calib_data("llava")
     original = {name: p.detach().clone() for name, p in model.named_parameters()}
-    report = quantized(model, data, replace(COMPENSATED, sensitivity_power=power), precision=precision)
+    recipe = replace(COMPENSATED, **change)
+    report = quantized(model, data, recipe, precision=precision)
     assert report.num_linears == 14
     of_linear = sensitivities("llava", data, precision=precision)
     vision = torch.cat([(batch["input_ids"] == model.config.image_token_id).flatten() for batch in data])
@@ -91,14 +97,19 @@ def test_every_linear_is_fitted_to_what_it_reads_at_serving_time(precision: Any,
     for name, weight in packed_linears(model):
         r = of_linear[name]
         assert r is not None and r != 1
-        x = inputs[name] * torch.where(vision, r**power, 1.0).sqrt()[:, None]
-        expected, _ = compensate(original[f"{name}.weight"], x.T @ x, grid_of(precision, weight.group_size))
+        x = inputs[name] * torch.where(vision, r**recipe.sensitivity_power, 1.0).sqrt()[:, None]
+        hessian = x.T @ x
+        if recipe.discounts_chance:
+            hessian.diagonal().mul_(1 + x.shape[1] / x.shape[0])
+        w, grid = original[f"{name}.weight"], grid_of(precision, weight.group_size)
+        expected, found = compensate(w, hessian.clone(), grid)
+        if recipe.refining_rounds:
+            expected, _ = refine(w, expected, found, hessian, grid, recipe.refining_rounds)
         # Where a value lies between two points, the last bit decides, and all that follows in its row differs.
         assert ((weight.dequantize() - expected).abs() < 1e-5).float().mean() > 0.97, name
         if name in alone:
-            w = original[f"{name}.weight"]
-            rounded = type(weight).from_hp(w, weight.group_size).dequantize(), weight.dequantize()
-            assert losses[name] == pytest.approx([float(((w - q) @ x.T).square().sum()) for q in rounded], rel=1e-3)
+            lost = [w - q for q in (type(weight).from_hp(w, weight.group_size).dequantize(), weight.dequantize())]
+            assert losses[name] == pytest.approx([float((e @ hessian * e).sum()) for e in lost], rel=1e-3)
 
 
 def test_drift_of_the_inputs_is_made_up_for() -> None:
@@ -123,6 +134,19 @@ def test_drift_of_the_inputs_is_made_up_for() -> None:
     assert sum(gains) / len(gains) < 0.95, gains
 
 
+def test_drift_of_the_residual_is_made_up_for() -> None:
+    """What the decoder's layers hand on, on the calibration data."""
+    data = calib_data("llava", 8)
+    norm = "model.language_model.norm"
+    expected = read_by(build_model("llava"), [norm], data)[norm]
+    errors = []
+    for corrects_residual in (False, True):
+        model = build_model("llava")
+        quantized(model, data, replace(RECIPES["best"], corrects_residual=corrects_residual))
+        errors.append(float((read_by(model, [norm], data)[norm] - expected).norm()))
+    assert errors[1] < 0.97 * errors[0], errors
+
+
 def test_the_drift_of_few_outputs_is_that_of_many_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linears with fewer outputs than inputs keep what the drift does to the outputs: the same weights, less memory."""
     data, weights, widths = calib_data("llava"), [], []
@@ -133,10 +157,10 @@ def test_the_drift_of_few_outputs_is_that_of_many_inputs(monkeypatch: pytest.Mon
         return moments(inputs, *more)
 
     monkeypatch.setattr(fitting, "_moments", counted)
-    for narrowed in (fitting._narrowed, lambda inputs, *_: inputs):
+    for narrowed in (fitting._narrowed, lambda inputs, *_: (inputs, False)):
         monkeypatch.setattr(fitting, "_narrowed", narrowed)
         model = build_model("llava")
-        quantized(model, data, replace(RECIPES["best"], scaled=True))
+        quantized(model, data, replace(RECIPES["best"], corrects_residual=False, scaled=True))
         weights.append({name: weight.dequantize() for name, weight in packed_linears(model)})
     assert any(widths[: len(widths) // 2]) and not any(widths[len(widths) // 2 :])
     for name, weight in weights[0].items():
