@@ -2,6 +2,7 @@
 
     python benchmarks/accuracy.py --bed shapes --precision w3a16 --methods all --seeds 0 1 2
     python benchmarks/accuracy.py --bed shapes --precision w3a16 --split test --table
+    python benchmarks/accuracy.py --bed shapes --methods "llm-compressor GPTQ" --peer-python PATH
 
 The second writes what has been measured to results/accuracy_*.{json,md}. A run (bed, precision, method, seed) is kept
 in results/accuracy_runs/ question by question and not repeated, so that a long comparison may be made in parts. Of
@@ -31,6 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accuracy_bed.beds import BEDS, Bed, ConversationBed, plain_samples, plain_text
 from accuracy_bed.exam import Exam, Scores
 from accuracy_bed.methods import METHODS, method_of, quantize
+from accuracy_bed.peer_runs import is_peer, peer_of, quantize_by_peer
+from accuracy_bed.peers import PEERS
 from accuracy_bed.table import FULL_PRECISION, comparison, load_runs, markdown, summary
 from small_vlm import device_name
 
@@ -38,7 +41,8 @@ from mbq_ao.calibration.report import CalibrationReport
 from mbq_ao.demo.run import unpacked_once
 
 _METHODS_HELP = (
-    f'"all", or some of {", ".join(METHODS)}, each with changes after commas: "GPTQ, grid", "MBQ paper, floor=off"'
+    f'"all", or some of {", ".join(METHODS)}, each with changes after commas: "GPTQ, grid", "MBQ paper, floor=off"; '
+    f"or a peer, which needs --peer-python: {', '.join(PEERS)}"
 )
 RESULTS = Path(__file__).resolve().parent / "results"
 RUNS = RESULTS / "accuracy_runs"
@@ -104,12 +108,16 @@ def measure(options: argparse.Namespace) -> None:
     for method, seed in wanted:
         quantized = copy.deepcopy(model)
         calib = bed.calibration(processor, options.samples, seed) + plain_samples(processor, options.texts, seed)
+        wanted_is = (options.precision, options.group_size, calib)
         began = time.perf_counter()
-        report = quantize(quantized, method_of(method), options.precision, options.group_size, calib)
-        seconds = time.perf_counter() - began
+        if is_peer(method):
+            found = quantize_by_peer(options.peer_python, method, quantized, processor, *wanted_is, options.threads)
+            seconds = found.pop("seconds")
+        else:
+            found = {"searches": searches_of(quantize(quantized, method_of(method), *wanted_is))}
+            seconds = time.perf_counter() - began
         scores = exam.take(unpacked_once(quantized))
-        about["searches"] = searches_of(report)
-        keep(run_path(options, method, seed), scores, method=method, seed=seed, seconds=seconds, **about)
+        keep(run_path(options, method, seed), scores, method=method, seed=seed, seconds=seconds, **about, **found)
         shown = {k: round(v, 4) for k, v in scores.summary().items()}
         print(json.dumps({"method": method, "seed": seed, **shown, "text": scores.text_nll, "s": seconds}), flush=True)
 
@@ -123,7 +131,7 @@ def write_table(options: argparse.Namespace) -> None:
     kept = {
         k: v
         for k, v in vars(options).items()
-        if k not in ("methods", "seeds", "table", "compare", "pictures", "threads", "runs")
+        if k not in ("methods", "peer_python", "seeds", "table", "compare", "pictures", "threads", "runs")
     }
     about = {k: runs[-1].runs[-1][k] for k in ("device", "torch", "date")}
     text = json.dumps(
@@ -166,6 +174,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("w3a16", "w2a16", "w4a8"), default="w3a16")
     parser.add_argument("--group-size", type=int, default=64, help="of w3a16 and w2a16; w4a8 has one scale a row")
     parser.add_argument("--methods", nargs="+", default=["all"], help=_METHODS_HELP)
+    parser.add_argument("--peer-python", type=Path, help="of an environment that has the peers among the methods")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="draws of calibration pairs")
     parser.add_argument("--samples", type=int, default=16, help="calibration pairs")
     parser.add_argument("--texts", type=int, default=0, help="calibration samples of plain text beside them")
@@ -181,10 +190,18 @@ def main() -> None:
         options.methods = [name for name, method in METHODS.items() if method.can(options.precision)]
     for name in options.methods:
         try:
-            if not method_of(name).can(options.precision):
+            if is_peer(name):
+                peer_of(name)
+            if options.precision == "w4a8" if is_peer(name) else not method_of(name).can(options.precision):
                 parser.error(f"{name} rounds weights only, and {options.precision} activations as well: leave it out")
         except ValueError as error:
             parser.error(str(error))
+    measures = not (options.table or options.pictures or options.compare)
+    if measures and any(map(is_peer, options.methods)):
+        if options.peer_python is None:
+            parser.error(f"{', '.join(PEERS)} run in environments of their own: give --peer-python")
+        if not options.peer_python.is_file():
+            parser.error(f"--peer-python {options.peer_python} is no file: it must be a Python that has the peer")
     if options.table:
         write_table(options)
     elif options.pictures:

@@ -39,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from accuracy_bed.peers import llm_compressor, weight_groups
 from small_vlm import TINY, Size, build_model, build_samples, device_name, inputs, logits
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -89,35 +90,12 @@ def is_quantized(module: nn.Module, name: str) -> bool:
 
 
 def quantize_peer(model: nn.Module, samples: list[dict[str, Tensor]], contender: str) -> None:
-    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
-    from llmcompressor.pipelines.cache import IntermediatesCache
 
-    if not torch.accelerator.is_available():  # 0.14.0.1 fails where there is nothing to pin memory for
-        IntermediatesCache.pin_memory = lambda *_, **__: None
-    weights = QuantizationArgs(num_bits=BITS, type="int", symmetric=False, strategy="group", group_size=GROUP)
-    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
-    rounding = QuantizationModifier(config_groups={"group_0": scheme}, ignore=["re:.*visual.*", "lm_head"])
+    rounding = QuantizationModifier(config_groups=weight_groups(BITS, GROUP), ignore=["re:.*visual.*", "lm_head"])
     awq = [] if contender in RTN.values() else [AWQModifier(n_grid=N_GRID)]
-    data = torch.utils.data.DataLoader([inputs(s) for s in samples], batch_size=1, collate_fn=lambda rows: rows[0])
-    oneshot(
-        model=model,
-        recipe=[*awq, rounding],
-        dataset=data,
-        processor=_tokenizer(),
-        num_calibration_samples=len(samples),
-        shuffle_calibration_samples=False,
-    )
-
-
-def _tokenizer() -> Any:
-    """Asked for, and not used, as the samples are tokens already."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
+    llm_compressor(model, [inputs(s) for s in samples], [*awq, rounding])
 
 
 def run(contender: str, folder: pathlib.Path, size: Size, device: str) -> dict[str, Any]:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from accuracy_bed.exam import MEASURES
+from accuracy_bed.peers import PEERS
 from mbq_ao.evaluation.answers import clustered_standard_error
 
 FULL_PRECISION = "full precision"
-ORDER = (FULL_PRECISION, "RTN", "HQQ", "SmoothQuant", "AWQ-like", "MBQ paper", "MBQ", "GPTQ", "best")
+ORDER = (FULL_PRECISION, "RTN", "HQQ", "SmoothQuant", "AWQ-like", "MBQ paper", "MBQ", "GPTQ", *PEERS, "AutoRound, iters=50", "best")
 
 
 @dataclass(frozen=True)
