@@ -17,7 +17,9 @@ from accuracy_bed.peers import PEERS
 from mbq_ao.evaluation.answers import clustered_standard_error
 
 FULL_PRECISION = "full precision"
-ORDER = (FULL_PRECISION, "RTN", "HQQ", "SmoothQuant", "AWQ-like", "MBQ paper", "MBQ", "GPTQ", *PEERS, "AutoRound, iters=50", "best")
+# Ours, then peers' own programs, then what we ship.
+_OURS = ("RTN", "HQQ", "SmoothQuant", "AWQ-like", "MBQ paper", "MBQ", "GPTQ", "GPTQ, act order")
+ORDER = (FULL_PRECISION, *_OURS, *PEERS, "AutoRound, iters=50", "best")
 
 
 @dataclass(frozen=True)
