@@ -46,7 +46,7 @@ from mbq_ao.calibration.sensitivity import ModuleName
 from mbq_ao.calibration.settings import Recipe
 
 # Of each batch that this rank runs: x (n, in_features); its drift x' - x, or what that does to the outputs
-# (`_narrowed`), or nothing (n, 0); w (n,) fp32.
+# (`_narrowed`) or to the sum that they enter (n, out_features), or nothing (n, 0); w (n,) fp32.
 Inputs = list[tuple[Tensor, Tensor, Tensor]]
 Errors = tuple[float, float]  # of plain rounding, and of the fitted weights
 _SLAB = 1024  # rows of H that are in double precision at a time

@@ -27,15 +27,16 @@ def place_of_sum(call: ModuleCall, block: nn.Module, linear: str, parameters: Ma
     parameters: of the block, that are replaced.
     """
     generator = torch.Generator().manual_seed(0)  # of the host: the same on every device
-    size = call.hidden.float().square().mean().sqrt()
+    size = call.hidden.float().square().mean(-1, keepdim=True).sqrt()  # of each token: some are far larger than others
     added: list[Tensor] = []
+    early: set[str] = set()  # modules that are called before the linear: what they read first is not the sum
 
     def watch(added: list[Tensor]) -> dict[str, Tensor]:
         """What modules read after the linear, and its output."""
         seen: dict[str, Tensor] = {}
 
         def at_linear(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-            if linear in seen or not isinstance(output, Tensor):
+            if linear in seen or output.shape[:-1] != size.shape[:-1]:
                 return None
             if not added:
                 noise = torch.randn(output.shape, generator=generator).to(output.device)
@@ -46,9 +47,10 @@ def place_of_sum(call: ModuleCall, block: nn.Module, linear: str, parameters: Ma
             return seen[linear]
 
         def at_module(name: str, module: nn.Module, args: Any) -> None:
-            value = args[0] if args and linear in seen and name not in seen else None
-            if isinstance(value, Tensor) and value.shape == seen[linear].shape:
-                seen[name] = value
+            if linear not in seen:
+                early.add(name)
+            elif name not in seen and args and getattr(args[0], "shape", None) == seen[linear].shape:
+                seen[name] = args[0]
 
         others = {name: m for name, m in block.named_modules() if name not in (BLOCK, linear)}
         handles = [m.register_forward_pre_hook(partial(at_module, name)) for name, m in others.items()]
@@ -61,7 +63,9 @@ def place_of_sum(call: ModuleCall, block: nn.Module, linear: str, parameters: Ma
         return None
     output, more = before.pop(linear), added[0]
     for name, value in before.items():
-        if value.shape == output.shape and name in after and not torch.equal(value, output):
+        if name in early or name not in after or value.shape != output.shape:
+            continue
+        if not torch.equal(value, output):
             # Of large values, as some channels have them, a sum keeps fewer digits; `size` stands for sums on the way.
             rounding = 8 * torch.finfo(value.dtype).eps * (value.abs() + after[name].abs() + size)
             if ((after[name] - value - more).abs() <= rounding).all():

@@ -32,6 +32,9 @@ class Layer(nn.Module):
         if self.kind == "norms behind":
             x = x + self.after(self.first(x))
             return x + 0.5 * self.second(self.norm(x))
+        if self.kind == "one norm for both":
+            x = x + self.first(self.norm(x))
+            return x + self.second(self.norm(x))
         if self.kind == "no residual":
             return self.second(self.norm(self.first(x)))
         raise AssertionError(self.kind)
@@ -43,6 +46,7 @@ class Layer(nn.Module):
         ("one after the other", "norm", BLOCK),
         ("side by side", BLOCK, BLOCK),
         ("norms behind", None, None),
+        ("one norm for both", None, BLOCK),
         ("no residual", None, None),
     ],
 )
@@ -52,7 +56,7 @@ def test_written_out(kind: str, first: str | None, second: str | None, dtype: to
     torch.manual_seed(0)
     layer = Layer(kind).to(dtype)
     x = torch.randn(2, 5, 16)
-    x[..., 3] *= outlier
+    x[0, 0, 3] *= outlier
     call = ModuleCall.record((x.to(dtype),), {})
     replaced = {"first.weight": layer.first.weight * 2}
     for linear, expected in (("first", first), ("second", second)):
