@@ -96,7 +96,7 @@ def test_a_model_and_conversations_of_ones_own(tmp_path: Path, monkeypatch: pyte
     assert {row["method"] for row in others} == {"RTN", "GPTQ"} and all(row["kl"] > 0 for row in others)
 
 
-@pytest.mark.parametrize("precision", ["w3a16", "w4a8"])
+@pytest.mark.parametrize("precision", ["w3a16", "w4a8", "w2a16"])
 def test_tables_of_the_readme(precision: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """They are what the kept runs say."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))

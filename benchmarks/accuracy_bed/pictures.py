@@ -46,7 +46,7 @@ def _draw_methods(axes: Axes, runs: Sequence[Runs]) -> None:
         draws = [float(run["kl"].mean()) for run in r.runs]
         axes.plot(draws, [y] * len(draws), "o", ms=5, color=color, alpha=0.6)
         axes.plot([r.mean("kl")], [y], "|", ms=14, mew=2, color=color)
-    axes.set(xscale="log", xlim=(1e-3, 10), yticks=range(len(runs)), ylim=(len(runs) - 0.4, -0.6))
+    axes.set(xscale="log", xlim=(1e-3, 100), yticks=range(len(runs)), ylim=(len(runs) - 0.4, -0.6))
     axes.set_yticklabels([r.method for r in runs], fontsize=9)
     axes.tick_params(axis="x", labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
