@@ -63,6 +63,8 @@ def test_names_of_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     assert method_of("MBQ paper, shift, floor=off").recipe == expected
     with pytest.raises(ValueError, match='"on" or "off", got \'no\''):
         method_of("MBQ paper, floor=no")
+    with pytest.raises(ValueError, match="'power=much' in 'MBQ, power=much': could not convert"):
+        method_of("MBQ, power=much")
     with pytest.raises(ValueError, match="there is no method 'GPTQ, grit'"):
         method_of("GPTQ, grit")
 

@@ -129,3 +129,9 @@ def test_what_is_missing(
     with pytest.raises(SystemExit):
         accuracy.main()
     assert error in " ".join(capsys.readouterr().err.split())
+
+
+def test_keywords_of_a_peer_are_json(peer_runs: Any) -> None:
+    assert peer_runs.peer_of("AutoRound, iters=50, sym=true") == ("AutoRound", {"iters": 50, "sym": True})
+    with pytest.raises(ValueError, match="must be JSON"):
+        peer_runs.peer_of("llm-compressor GPTQ, actorder=static")

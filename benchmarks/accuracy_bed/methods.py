@@ -102,7 +102,10 @@ def method_of(name: str) -> Method:
     for change in changes:
         key, _, text = change.partition("=")
         attribute, read = CHANGES[key]
-        value = {attribute: read(text or "on")}
+        try:
+            value = {attribute: read(text or "on")}
+        except ValueError as error:
+            raise ValueError(f"{change!r} in {name!r}: {error}") from error
         if hasattr(method.recipe, attribute):
             method = replace(method, recipe=replace(method.recipe, **value))
         else:

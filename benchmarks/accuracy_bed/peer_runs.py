@@ -32,7 +32,10 @@ def peer_of(name: str) -> tuple[str, dict[str, Any]]:
     pairs = [change.partition("=") for change in changes]
     if base not in PEERS or not all(separator for _, separator, _ in pairs):
         raise ValueError(f"there is no peer {name!r}: it must be one of {', '.join(PEERS)}, keywords after commas")
-    return base, {key: json.loads(value) for key, _, value in pairs}
+    try:
+        return base, {key: json.loads(value) for key, _, value in pairs}
+    except json.JSONDecodeError as error:
+        raise ValueError(f'keywords of {name!r} must be JSON, such as true, null, 50 or "text": {error}') from error
 
 
 def is_peer(name: str) -> bool:

@@ -18,8 +18,8 @@ divided by its mean square in that sum, as by a norm.
 
 n tokens seem to have channels in common that the next n will not have: what is fitted to them errs on others the more,
 the fewer tokens there are for K channels. With discounts_chance, H has (1 + K / n) times its diagonal, in all of this.
-(On held-out tokens of the bed "digits" that share was about the best of many, from 3,700 tokens to 15,000 and for 576
-channels as for 1536.)
+(On held-out tokens of the bed "digits" of benchmarks/ that share was about the best of several, with 3,700 tokens and
+with 15,000, for 576 channels and for 1536.)
 """
 
 from __future__ import annotations
