@@ -150,6 +150,10 @@ class W3A16Quantizer(_Quantizer):
         dtype = weight.dtype
         return by_row_slabs(rounded, weight)[0]
 
+    def while_fitting(self, fitted: Tensor) -> Tensor:
+        # Unpacked once, and not for every batch.
+        return fitted if fitted.act_pre_scale is not None else fitted.dequantize()
+
 
 class W4A8Quantizer(_Quantizer):
     """The rounding of activations cannot be put into a plain weight: the tensor is its own stand-in."""
@@ -161,6 +165,9 @@ class W4A8Quantizer(_Quantizer):
         if not _scaled(weight, s).isfinite().all():
             return torch.full_like(weight, torch.nan)
         return self.quantize(weight, s)
+
+    def while_fitting(self, fitted: Tensor) -> Tensor:
+        return fitted
 
 
 def _scaled(weight: Tensor, s: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:

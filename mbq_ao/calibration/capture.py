@@ -125,17 +125,25 @@ class Reached(Exception):
     """Ends a forward where nothing more is to be seen."""
 
 
-def input_in(call: ModuleCall, block: nn.Module, linear: str, parameters: Mapping[str, Tensor]) -> Tensor:
-    """(tokens, in_features) at the input of a linear, with some of the block's parameters replaced."""
-    seen: list[Tensor] = []
+OUTPUT = ""  # in place of a module's name: what the block returns
 
-    def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0])
-        raise Reached  # what the block does after that is most of its work, and not asked for
 
-    with hooked([block.get_submodule(linear).register_forward_pre_hook(stop)]), suppress(Reached):
-        call.run(block, parameters)
-    return seen[0].flatten(0, -2)
+def inputs_in(
+    call: ModuleCall, block: nn.Module, modules: Sequence[str], parameters: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """(tokens, in_features) at the input of each of these modules at its first call, or of OUTPUT, of one run of the
+    block with some of its parameters replaced."""
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.setdefault(name, args[0])
+        if len(seen) == len(modules):
+            raise Reached  # what the block does after that is most of its work, and not asked for
+
+    hooks = (block.get_submodule(name).register_forward_pre_hook(partial(record, name)) for name in modules if name)
+    with hooked(hooks), suppress(Reached):
+        seen[OUTPUT] = call.run(block, parameters)
+    return [seen[name].flatten(0, -2) for name in modules]
 
 
 @dataclass

@@ -12,7 +12,6 @@ lies where the loss does not feel it. With w = 1 this is GPTQ as published.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from torch import Tensor
 Grid = tuple[Tensor, ...]  # of each group: scale, and zero point if there is one
 COLUMNS = 128  # that are rounded before what they lost reaches the rest of the weight
 _SHRINKS = [1 - i / 10 for i in range(6)]  # of either end of a group's range
+ENTRIES = 2**18  # of a weight's columns, rounded on several grids, that are in work at a time
 
 
 @dataclass(frozen=True)
@@ -52,18 +52,19 @@ class GridOf:
         )
 
     def _search(self, w: Tensor, importance: Tensor) -> Grid:
-        low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-        best: Grid = ()
-        least = torch.full_like(low, torch.inf)
-        for of_low, of_high in itertools.product(_SHRINKS, repeat=2):
-            # A grid depends on a group's ends alone. Of values with one sign the end next to zero stays.
-            grid = self.choose(torch.cat([low.maximum(low * of_low), high.minimum(high * of_high)], 1))
-            scale, zero = self.scale_and_zero(grid)
-            error = (round_to_grid(w, scale, zero, self.num_bits).sub_(w).square_() @ importance)[:, None]
-            better = error < least
-            least = torch.where(better, error, least)
-            best = tuple(torch.where(better, new, old) for new, old in zip(grid, best or grid, strict=True))
-        return best
+        low, high = w.amin(1), w.amax(1)
+        # A grid depends on a group's ends alone. Of values with one sign the end next to zero stays.
+        lows, highs = (torch.stack([end * share for share in _SHRINKS]) for end in (low, high))
+        pairs = torch.cartesian_prod(*(torch.arange(len(_SHRINKS), device=w.device),) * 2)
+        ends = torch.stack([low.maximum(lows)[pairs[:, 0]], high.minimum(highs)[pairs[:, 1]]], -1)
+        grids = tuple(part.view(*ends.shape[:2], 1) for part in self.choose(ends.flatten(0, 1)))
+        at_once = max(1, ENTRIES // w.numel())
+        errors = [
+            round_to_grid(w, scale, zero, self.num_bits).sub_(w).square_() @ importance
+            for scale, zero in zip(*(part.split(at_once) for part in self.scale_and_zero(grids)), strict=True)
+        ]
+        best = torch.cat(errors).nan_to_num_(nan=torch.inf, posinf=torch.inf).argmin(0)  # the first of equals
+        return tuple(part[best, torch.arange(len(w), device=w.device)] for part in grids)
 
     def rounded(self, w: Tensor, grid: Grid) -> Tensor:
         """The nearest points of the grids of whole groups.  w: (N, columns) fp32."""

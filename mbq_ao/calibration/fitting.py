@@ -33,14 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from mbq_ao.calibration.block import BlockCalibrator
-from mbq_ao.calibration.capture import hooked, input_in
+from mbq_ao.calibration.capture import hooked, inputs_in
 from mbq_ao.calibration.error_compensation import Grid, GridOf, compensate, damped
 from mbq_ao.calibration.fold import activation_scales, folded_parameters
 from mbq_ao.calibration.ranks import Ranks
 from mbq_ao.calibration.refinement import refine
 from mbq_ao.calibration.report import FitReport
 from mbq_ao.calibration.residency import Placement
-from mbq_ao.calibration.residual import place_of_sum, read_at
+from mbq_ao.calibration.residual import place_of_sum
 from mbq_ao.calibration.routing import ExpertRows, common, expert_rows
 from mbq_ao.calibration.sensitivity import ModuleName
 from mbq_ao.calibration.settings import Recipe
@@ -66,12 +66,12 @@ def fit_weights(
     folded = folded_parameters(worker.block, worker.scalings)
     pre_scaled = activation_scales(worker.scalings)
     fitted: dict[str, Tensor] = {}
+    served = dict(folded)
     reports = []
     for names in worker.ranks.on_one(lambda: _reading_together(worker)):
         at = measured_at.get(names[0], "")
         ratio = worker.ratios.get(at)
         vision = 1.0 if ratio is None else ratio**recipe.sensitivity_power
-        served = folded | {f"{name}.weight": value for name, value in fitted.items()}
         errors: list[Errors] = []
         for readers, inputs, of_outputs in _inputs(worker, names, folded, served, vision):
             weights = [folded.get(f"{n}.weight", worker.linears[n].weight.detach()) for n in readers]
@@ -88,6 +88,7 @@ def fit_weights(
             except ValueError as error:
                 raise ValueError(f"{worker.name}, {', '.join(readers)}: {error}") from error
             fitted |= dict(zip(readers, found, strict=True))
+            served |= {f"{name}.weight": quantizer.while_fitting(w) for name, w in zip(readers, found, strict=True)}
         if errors:
             loss_rtn, loss = map(sum, zip(*errors, strict=True))
             shown = worker.shown([name for name in names if name in fitted])
@@ -177,14 +178,14 @@ def _inputs(
         place = _residual_behind(worker, names, served) if drifts else None
         for i, stream in enumerate(worker.streams):
             now, original = worker.call(stream, distorted=True), worker.call(stream, distorted=False)
-            x = input_in(now, worker.block, names[0], served)
+            x, *of_sum = inputs_in(now, worker.block, names[:1] if place is None else [names[0], place], served)
             drift, weights = x.new_empty(len(x), 0), _token_weights(worker, i, vision, x)
             if place is not None:
-                wanted = read_at(place, original, worker.block, folded)
-                drift = wanted - read_at(place, now, worker.block, served)
+                (wanted,) = inputs_in(original, worker.block, [place], folded)
+                drift = wanted - of_sum[0]
                 weights = weights * _as_a_norm_sees(wanted)
             elif drifts:
-                drift = input_in(original, worker.block, names[0], folded) - x
+                drift = inputs_in(original, worker.block, names[:1], folded)[0] - x
             inputs.append(keep((x, drift, weights)))
         yield names, inputs, place is not None
         return

@@ -21,7 +21,7 @@ model and the largest of what comes there one after the other. In bytes, with b 
     search          3 W b + (8 + 2 b) w + T (I + C) b                a layer, scales tried at once, a batch of the
                                         + c ((4 I + 4 C) b + 8 C)    group's input and target, a chunk of tokens
     fitting         3 W b + 24 k l + 16 k^2 + 8 k m + T I (b + 8)    a layer, the weights that read one x, its second
-                                                                     moments, a batch of x
+                                                                     moments, a batch of x; 1 MB more with "best"
 
 "best" and "gptq" fit, the other recipes search. None of them depends on n, or on the number of layers L. The host holds
 
@@ -46,7 +46,7 @@ import torch
 import transformers
 from torch import nn
 
-from mbq_ao.calibration import scale_search
+from mbq_ao.calibration import error_compensation, scale_search
 from mbq_ao.calibration.capture import find_blocks
 from mbq_ao.calibration.residency import large_parts
 from mbq_ao.calibration.settings import RECIPES
@@ -137,7 +137,8 @@ def estimate(
     # What drifts is the inputs, or if there are fewer or if they go to the residual, the outputs.
     widths = [n if n == c else min(k, n) for k, n in sets]
     of_set = max(24 * k * n + 16 * k * k + 8 * k * width * drifts for (k, n), width in zip(sets, widths, strict=True))
-    fitting = 3 * b * layer + of_set + tokens * i * (b + 8)
+    searching = 4 * error_compensation.ENTRIES * RECIPES[recipe].search_grid
+    fitting = 3 * b * layer + of_set + tokens * i * (b + 8) + searching
     balanced = recipe in ("mbq", "paper") if balance is None else balance
     phases = {
         "embeddings": b * max(others, default=0) + answer_tokens * vocabulary * (b + 12),

@@ -29,10 +29,11 @@ def refine(
     """
     scale, *rest = grid
     zero = grid_of.scale_and_zero(grid)[1]
-    rounded, scale = _least_squares_scales(weight, rounded, scale, hessian, grid_of.group_size)
+    wanted = weight @ hessian
+    rounded, scale = _least_squares_scales(rounded, scale, wanted, hessian, grid_of.group_size)
     for _ in range(rounds):
         rounded = _settle(weight, rounded, scale.float(), zero, hessian, grid_of)
-        rounded, scale = _least_squares_scales(weight, rounded, scale, hessian, grid_of.group_size)
+        rounded, scale = _least_squares_scales(rounded, scale, wanted, hessian, grid_of.group_size)
     return rounded, (scale, *rest)
 
 
@@ -55,37 +56,37 @@ def _settle(weight: Tensor, rounded: Tensor, scale: Tensor, zero: Tensor, hessia
 
 
 def _least_squares_scales(
-    weight: Tensor, rounded: Tensor, scale: Tensor, hessian: Tensor, group_size: int
+    rounded: Tensor, scale: Tensor, wanted: Tensor, hessian: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """Q with the scales that fit its integers best, and those, in the dtype of `scale` (N, groups).
 
-    A row where one of them would not be a positive number keeps its own.
+    wanted: W H.  A row where one of the scales would not be a positive number keeps its own.
     """
-    groups = scale.shape[1]
-    rows_at_once = max(1, _ENTRIES // max(groups**2, weight.shape[1]))
+    (_, k), groups = rounded.shape, scale.shape[1]
+    rows_at_once = max(1, _ENTRIES // max(groups**2, k))
     found, scales = [], []
-    for w, q, s in zip(*(x.split(rows_at_once) for x in (weight, rounded, scale)), strict=True):
+    for w_h, q, s in zip(*(x.split(rows_at_once) for x in (wanted, rounded, scale)), strict=True):
         steps = (q / _of_columns(s, group_size, q)).round_()  # q - z
-
-        def of_groups(values: Tensor) -> Tensor:
-            filled = F.pad(values, (0, groups * group_size - values.shape[1]))
-            return filled.view(len(values), groups, group_size).sum(-1)
-
-        system = torch.stack(
-            [
-                of_groups(part @ rows * steps)
-                for part, rows in zip(steps.split(group_size, 1), hessian.split(group_size), strict=True)
-            ],
-            1,
-        )
-        missing = of_groups((w - q) @ hessian * steps)
+        system = q.new_zeros(len(q), groups, groups)
+        for i, (part, rows) in enumerate(zip(steps.split(group_size, 1), hessian.split(group_size), strict=True)):
+            start = i * group_size  # the system is symmetric: one half is enough
+            system[:, i:, i] = _of_groups((part @ rows[:, start:]).mul_(steps[:, start:]), group_size)
+        system += system.tril(-1).mT
+        missing = _of_groups(w_h * steps, group_size)[..., None] - system @ s.float()[..., None]
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal += (_RIDGE * diagonal.mean(1, keepdim=True)).clamp(min=torch.finfo(q.dtype).tiny)
-        better = (s.float() + torch.linalg.solve_ex(system, missing)[0]).to(s.dtype)
-        usable = (better.isfinite() & (better > 0)).all(1, keepdim=True)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        better = (s.float() + torch.cholesky_solve(missing, factor)[..., 0]).to(s.dtype)
+        usable = (better.isfinite() & (better > 0)).all(1, keepdim=True) & (failed == 0)[:, None]
         scales.append(torch.where(usable, better, s))
         found.append(torch.where(usable, steps * _of_columns(scales[-1], group_size, q), q))
     return torch.cat(found), torch.cat(scales)
+
+
+def _of_groups(values: Tensor, group_size: int) -> Tensor:
+    """The sums of groups of columns: (N, K) -> (N, groups), of which the last may be narrower."""
+    k = values.shape[1]
+    return F.pad(values, (0, -k % group_size)).view(len(values), -1, group_size).sum(-1)
 
 
 def _of_columns(scale: Tensor, group_size: int, like: Tensor) -> Tensor:

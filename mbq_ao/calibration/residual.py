@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbq_ao.calibration.capture import ModuleCall, hooked, input_in
-
-BLOCK = ""  # the place behind all modules: what the block returns
+from mbq_ao.calibration.capture import OUTPUT, ModuleCall, hooked
 
 
 @torch.no_grad()
 def place_of_sum(call: ModuleCall, block: nn.Module, linear: str, parameters: Mapping[str, Tensor]) -> str | None:
-    """The module of the block that reads the sum of the linear's output and something else first, BLOCK for the
-    block's output; None where there is no such sum, say because a norm comes before it.
+    """The module of the block that reads the sum of the linear's output and something else first, OUTPUT if the
+    block returns it; None where there is no such sum, say because a norm comes before it.
 
     parameters: of the block, that are replaced.
     """
@@ -52,10 +50,10 @@ def place_of_sum(call: ModuleCall, block: nn.Module, linear: str, parameters: Ma
             elif name not in seen and args and getattr(args[0], "shape", None) == seen[linear].shape:
                 seen[name] = args[0]
 
-        others = {name: m for name, m in block.named_modules() if name not in (BLOCK, linear)}
+        others = {name: m for name, m in block.named_modules() if name not in (OUTPUT, linear)}
         handles = [m.register_forward_pre_hook(partial(at_module, name)) for name, m in others.items()]
         with hooked([*handles, block.get_submodule(linear).register_forward_hook(at_linear)]):
-            seen[BLOCK] = call.run(block, parameters)
+            seen[OUTPUT] = call.run(block, parameters)
         return seen
 
     before, after = watch(added), watch(added)
@@ -71,10 +69,3 @@ def place_of_sum(call: ModuleCall, block: nn.Module, linear: str, parameters: Ma
             if ((after[name] - value - more).abs() <= rounding).all():
                 return name
     return None
-
-
-def read_at(place: str, call: ModuleCall, block: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-    """(tokens, channels) that the module reads, or the block returns."""
-    if place == BLOCK:
-        return call.run(block, parameters).flatten(0, -2)
-    return input_in(call, block, place, parameters)

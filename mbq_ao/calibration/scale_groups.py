@@ -29,7 +29,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked, input_in
+from mbq_ao.calibration.capture import ModuleCall, first_tensor, hooked, inputs_in
 from mbq_ao.calibration.expert_groups import expert_parameters, find_expert_groups
 from mbq_ao.calibration.experts import ExpertLinear
 from mbq_ao.calibration.fold import RowMap, ScaleGroup, Scaling, folded_parameters
@@ -234,7 +234,7 @@ class BlockProber:
 
     def input_of(self, linear: str, parameters: dict[str, Tensor]) -> Tensor:
         """(tokens, in_features) at the input of a linear, with some of the block's parameters replaced."""
-        return input_in(self.call, self.block, linear, parameters)
+        return inputs_in(self.call, self.block, [linear], parameters)[0]
 
     def _unprobed_input(self, linear: str) -> Tensor:
         """`input_of` the block as it is."""

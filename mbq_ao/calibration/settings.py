@@ -40,6 +40,9 @@ class WeightQuantizer(Protocol):
     def fit(self, weights: Sequence[Tensor], s: Tensor | None, fit: Fit) -> list[Tensor]:
         """As `quantize`, for linears that read the same x, with grids and rounding found by `fit`."""
 
+    def while_fitting(self, fitted: Tensor) -> Tensor:
+        """What serves in place of a fitted tensor until its block is done, as quick as can be and with its values."""
+
 
 @dataclass(frozen=True)
 class Recipe:

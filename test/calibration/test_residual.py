@@ -10,8 +10,8 @@ from models import build_batch, build_model
 from torch import Tensor, nn
 
 from mbq_ao.calibration.batch import collect_batches
-from mbq_ao.calibration.capture import ModuleCall, capture_streams, find_blocks
-from mbq_ao.calibration.residual import BLOCK, place_of_sum, read_at
+from mbq_ao.calibration.capture import OUTPUT, ModuleCall, capture_streams, find_blocks, inputs_in
+from mbq_ao.calibration.residual import place_of_sum
 
 
 class Layer(nn.Module):
@@ -43,10 +43,10 @@ class Layer(nn.Module):
 @pytest.mark.parametrize(
     ("kind", "first", "second"),
     [
-        ("one after the other", "norm", BLOCK),
-        ("side by side", BLOCK, BLOCK),
+        ("one after the other", "norm", OUTPUT),
+        ("side by side", OUTPUT, OUTPUT),
         ("norms behind", None, None),
-        ("one norm for both", None, BLOCK),
+        ("one norm for both", None, OUTPUT),
         ("no residual", None, None),
     ],
 )
@@ -65,17 +65,19 @@ def test_written_out(kind: str, first: str | None, second: str | None, dtype: to
     if first == "norm":
         with torch.no_grad():
             stream = x.to(dtype) + layer.first(x.to(dtype)) * 2 - layer.first.bias
-            assert torch.allclose(read_at("norm", call, layer, replaced), stream.flatten(0, 1), rtol=0.02, atol=0.02)
-            assert read_at(BLOCK, call, layer, {}).shape == (10, 16)
+            at_norm, output = inputs_in(call, layer, ["norm", OUTPUT], replaced)
+            assert torch.allclose(at_norm, stream.flatten(0, 1), rtol=0.02, atol=0.02)
+            assert torch.equal(output, call.run(layer, replaced).flatten(0, 1))
+            assert torch.equal(inputs_in(call, layer, ["norm"], replaced)[0], at_norm)
 
 
 @pytest.mark.parametrize(
     ("family", "attention", "mlp"),
     [
-        ("llava", "post_attention_layernorm", BLOCK),
-        ("qwen2_5_vl", "post_attention_layernorm", BLOCK),
+        ("llava", "post_attention_layernorm", OUTPUT),
+        ("qwen2_5_vl", "post_attention_layernorm", OUTPUT),
         ("gemma3", None, None),  # it norms what it adds
-        ("cohere2_vision", BLOCK, BLOCK),  # both from one norm
+        ("cohere2_vision", OUTPUT, OUTPUT),  # both from one norm
     ],
 )
 def test_families(family: str, attention: str | None, mlp: str | None) -> None:
