@@ -6,8 +6,9 @@
 Results are checked against fp64 before anything is timed. Contenders take turns, call by call, so that what else the
 machine does hits all of them, and a figure is the median over the rounds of (time of the other / time of ours) within
 a round. Rounds in which a fixed matmul, run before and after, is slowed down are dropped: a busy neighbour on the same
-core takes away arithmetic rather than memory bandwidth, and so changes the ratios. The cache is filled with other
-data before each call, as the other layers of a model would. x is in fp32 except where it says otherwise. The int4
+core takes away arithmetic rather than memory bandwidth, and so changes the ratios. Before each call the
+cache is filled with other data, and then the same is done with a second layer of that size: as in a model, the weight
+comes from memory, and the code that reads it has just been used. x is in fp32 except where it says otherwise. The int4
 kernel has groups of 128 as well.
 """
 
@@ -59,8 +60,8 @@ RATIOS = {
 class Layer:
     """One weight in every format."""
 
-    def __init__(self, n: int, k: int) -> None:
-        gen = torch.Generator().manual_seed(0)
+    def __init__(self, n: int, k: int, seed: int) -> None:
+        gen = torch.Generator().manual_seed(seed)
         self.int3 = mbq_ao.MBQInt3Tensor.from_hp(torch.randn(n, k, generator=gen), GROUP)
         self.fp32 = self.int3.dequantize()
         self.bf16 = self.fp32.bfloat16()
@@ -95,10 +96,11 @@ class Layer:
                 raise SystemExit(f"{name} is wrong, relative error {error:.1e}: nothing was timed")
 
 
-def measure(contenders: Contenders, seconds: float) -> dict:
+def measure(contenders: Contenders, before_it: Contenders, seconds: float) -> dict:
     """For each of RATIOS the median over quiet rounds, and the ratio of the fastest calls; the numbers of rounds.
 
-    Goes on for up to PATIENCE * seconds until MIN_ROUNDS were quiet; if they were not, all rounds count.
+    before_it: the same with another layer.  Goes on for up to PATIENCE * seconds until MIN_ROUNDS were quiet; if they
+    were not, all rounds count.
     """
     other_data = torch.ones(24 << 20)  # 96 MiB
     rounds: list[tuple[float, dict[str, float]]] = []
@@ -110,6 +112,7 @@ def measure(contenders: Contenders, seconds: float) -> dict:
         probe, times = _probe(), {}
         for name, run in contenders.items():
             other_data.add_(1)
+            before_it[name]()
             before = time.perf_counter()
             run()
             times[name] = time.perf_counter() - before
@@ -179,7 +182,7 @@ def main() -> None:
         torch.set_num_threads(threads)
         start, first = time.perf_counter(), True
         for n, k in SHAPES[:1] if args.quick else SHAPES:
-            layer = Layer(n, k)
+            layer, other = Layer(n, k, 0), Layer(n, k, 1)
             for m in [1, 8] if args.quick else ROWS:
                 x = torch.randn(m, k, generator=torch.Generator().manual_seed(m))
                 contenders = layer.contenders(x)
@@ -190,7 +193,8 @@ def main() -> None:
                 # Apart: its calls are long, and so would be the rounds.
                 uncompiled = {name: contenders[name] for name in ("fp32", "int3_uncompiled")}
                 del contenders["int3_uncompiled"]
-                ratios = measure(uncompiled, args.seconds / 3) | measure(contenders, args.seconds)
+                before_it = other.contenders(x)
+                ratios = measure(uncompiled, before_it, args.seconds / 3) | measure(contenders, before_it, args.seconds)
                 row = {"threads": threads, "n": n, "k": k, "m": m, "ratios": ratios}
                 rows.append(row)
                 print(table([row]).splitlines()[-1], f"({ratios['quiet']}/{ratios['rounds']} quiet)", flush=True)

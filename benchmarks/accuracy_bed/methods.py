@@ -139,6 +139,9 @@ class FakeQuantizer:
         rounded = (rounded / scale).round_().add_(zero).clamp_(0, 2**self.num_bits - 1).sub_(zero).mul_(scale)
         return list((rounded if s is None else rounded / s).split([len(x) for x in weights]))
 
+    def while_fitting(self, fitted: Tensor) -> Tensor:
+        return fitted
+
 
 def settings_for(
     method: Method, precision: str, group_size: int, calib: list[dict[str, Tensor]]

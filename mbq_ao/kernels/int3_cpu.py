@@ -1,21 +1,25 @@
 """The linear layer on a CPU: few rows of x by a kernel that torch.compile writes in C++, many by dequantizing.
 
 The compiled kernel reads the packed tiles where they lie (int3_layout.py): no second copy of the weight. Seen as int32
-words of two halves, a plane of a tile is (g, t, hi, up); eight words, two of the four t, are the lanes of the
-kernel's vectors. A field's column depends on (t, hi) and its row on up, so, but for the last sum,
+words of two halves, a plane of a tile is (g, t, hi, up). The sixteen words of one g, or with vectors of 256 bits eight
+of them, are the lanes of the kernel's vectors. A field's column depends on (t, hi) and its row on up, so
 
-    y[16 block + 8 up + g] = sum over (t, hi) of  sum over tiles of  scale * sum over (pair, slab, odd) of field * x
+    y[16 block + 8 up + g] = sum over (t, hi) of  sum over tiles and their groups of  scale * (p - zero * s)
 
-is eight independent lanes: load, mask, convert, multiply and add. Fields are used where they stand in the word, 2^bit
-too big, and x comes 2^-bit smaller, which is exact. What the zero points subtract is a small product of its own.
+    p = sum over (pair, slab, odd) of field * x            s = sum over (pair, slab, odd) of x
 
-Memory is read in the order in which it lies, so the sum over tiles cannot be in the kernel's loop: it writes a
-partial sum a tile, and torch adds those up. Summed inside, each row of a tile is a stride through a whole row of
-tiles.
+is, but for the outer sum, arithmetic on independent lanes: load, mask, convert, multiply and add. Fields are used where
+they stand in the word, 2^bit too big, and x comes 2^-bit smaller, which is exact.
 
-Rows of x are taken four at a time, for which unpacking is done once, and a lone one by itself. So the
-number of rows is in no shape, and N and K are dynamic: a model compiles twice for its groups of 128 columns and more,
-twice for 64, twice for 32, whatever its layers; another number of threads compiles again.
+With 512 bits the sum over tiles is in the kernel's loop: a vector is a cache line. With 256 it would be half of one at
+each stride, and so a partial sum a tile is written, in the order in which memory lies, and those are added up.
+
+All is one compiled function, x's order and the last sum too: where other layers' weights have just filled the caches,
+calling an operator from Python costs more than these take.
+
+Rows of x are taken four at a time, for which unpacking is done once, and a lone one by itself. So the number of rows is
+in no shape, and N and K are dynamic: a model compiles twice for its groups of 128 columns and more, twice for 64, twice
+for 32, whatever its layers; another number of threads compiles again.
 
 When: at the first call with few rows for the size of the weight, in eager and inside a compiled model alike. It takes a
 quarter of a minute for one row and half of one for four, on a busy machine more, and less once torch has the result on
@@ -46,10 +50,12 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16  # beyond, unpacking once is cheaper than unpacking in registers for each row
 MIN_WEIGHTS_PER_ROW = 1 << 17  # calling the kernel takes as long as unpacking so many; a toy model compiles nothing
+_CONTIGUOUS = torch.contiguous_format
 _CHUNK = 1 << 21  # weights dequantized at a time: they stay in the cache until they are multiplied
 _R = 5
-_LANES = 8  # t (the lower bit), hi, up
-_ROWS = 4  # of x in a call; eight were no faster a row, and took longer to compile
+_WORDS = 16  # of one g: (t, hi, up)
+_LANES = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8  # of the vectors that Inductor makes
+_ROWS = 4  # of x in a call; eight were no faster a row on AVX2, and took longer to compile
 
 # torch.compile must not store the unpacked fields, but make the words, which are used many times, a value of the loop
 # (a threshold of 0 reads). FMA halves the rounding and the instructions.
@@ -118,23 +124,22 @@ def _worth_compiling(num_rows: int, qdata: Tensor) -> bool:
 
 def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor | None:
     """x @ W.T in fp32, or None, after a warning, where the kernel cannot be compiled."""
-    num_row_tiles, num_col_tiles = qdata.shape[:2]
+    n, k = scale.shape[0], x.shape[1]
     per_tile = 1 if scale.shape[1] == 1 else max(TILE_K // group_size, 1)
-    # The mode is a guard of the compiled kernel, and so is the kind of its inputs: they are always the same.
+    # The modes are guards of the compiled kernel, and so is the kind of its inputs: they are always the same.
     with torch.inference_mode():
         words = _words(qdata)
-        scales = _scales(scale, group_size, num_row_tiles, num_col_tiles, per_tile)
-        x = _pad_columns(x.float(), num_col_tiles * TILE_K)
-        lanes = torch.empty((x.shape[0], num_row_tiles, 2, 8, _LANES))
+        scales, zeros = (_of_tiles(values, group_size, words, per_tile) for values in (scale.float(), zero_point))
+        of_calls = []
         try:
             for rows in _calls(x.shape[0]):
                 key = per_tile, 1 if len(rows) == 1 else _ROWS
-                x_lanes = _lanes(x[rows.start : rows.stop], key[1])
+                padded = torch.zeros((key[1], qdata.shape[1] * TILE_K))
+                padded[: len(rows), :k] = x[rows.start : rows.stop]
                 with _first_call if key not in _compiled else contextlib.nullcontext():
-                    parts = _kernel(*key)(words, scales, *x_lanes)
+                    of_rows = _kernel(*key)(words, scales, zeros, padded, _factors())
                 _compiled.add(key)
-                for row, block in itertools.product(range(len(rows)), range(2)):
-                    torch.sum(parts[2 * row + block], 1, out=lanes[rows.start + row, :, block])
+                of_calls.append(of_rows[: len(rows), :n])
         except RuntimeError as error:
             _no_compiler.set()
             warnings.warn(
@@ -143,9 +148,7 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
                 stacklevel=2,
             )
             return None
-        y = lanes.view(*lanes.shape[:-1], _LANES // 2, 2).sum(4)  # row, row tile, block, g, up
-        y = y.transpose(3, 4).reshape(x.shape[0], -1)[:, : scale.shape[0]]
-        return y.sub_(_zero_points_times_x(x, scale, zero_point, group_size))
+        return torch.cat(of_calls) if len(of_calls) > 1 else of_calls[0]
 
 
 def _calls(num_rows: int) -> Iterator[range]:
@@ -154,71 +157,41 @@ def _calls(num_rows: int) -> Iterator[range]:
         yield range(start, min(start + _ROWS, num_rows))
 
 
-def _pad_columns(x: Tensor, k: int) -> Tensor:
-    return x if x.shape[1] == k else torch.nn.functional.pad(x, (0, k - x.shape[1]))
-
-
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), "")
 
 
 def _words(qdata: Tensor) -> Tensor:
-    """The halves as int32 (row tile, column tile, plane, g, upper bit of t, lane). A slice of columns is copied."""
+    """The halves as int32 (row tile, column tile, plane, g, part, lane). A slice of columns is copied."""
     if not qdata.is_contiguous() or qdata.storage_offset() % 2:
         qdata = qdata.clone(memory_format=torch.contiguous_format)
-    return qdata.view(torch.int32).view(*qdata.shape[:3], 8, 2, _LANES)
+    return _apart(qdata.view(torch.int32).view(*qdata.shape[:3], 8, -1, _LANES))
 
 
-def _scales(scale: Tensor, group_size: int, num_row_tiles: int, num_col_tiles: int, per_tile: int) -> Tensor:
-    """The scales in fp32: (row tile, block, up, g, column tile, group of the tile)."""
-    n, num_groups = scale.shape
-    scale = scale.to(torch.float32, copy=True)  # a tensor of this mode, or the kernel is compiled anew
+def _of_tiles(values: Tensor, group_size: int, words: Tensor, per_tile: int) -> Tensor:
+    """Scales or zero points of groups, (N, groups): (row tile, block, up, g, column tile, group of the tile)."""
+    (n, num_groups), (num_row_tiles, num_col_tiles) = values.shape, words.shape[:2]
     if num_groups == 1:
-        scale = scale.expand(n, num_col_tiles)
+        values = values.expand(n, num_col_tiles)
     elif group_size > TILE_K:
-        scale = scale.repeat_interleave(group_size // TILE_K, dim=1)[:, :num_col_tiles]
-    padding = (0, num_col_tiles * per_tile - scale.shape[1], 0, num_row_tiles * TILE_N - n)
-    scale = torch.nn.functional.pad(scale, padding) if any(padding) else scale.contiguous()
-    return scale.view(num_row_tiles, 2, 2, 8, num_col_tiles, per_tile)
+        values = values.repeat_interleave(group_size // TILE_K, dim=1)[:, :num_col_tiles]
+    padding = (0, num_col_tiles * per_tile - values.shape[1], 0, num_row_tiles * TILE_N - n)
+    values = torch.nn.functional.pad(values, padding) if any(padding) else values.contiguous()
+    return _apart(values.view(num_row_tiles, 2, 2, 8, num_col_tiles, per_tile))
 
 
-def _lanes(x: Tensor, num_rows: int) -> Tensor:
-    """x in the order of the lanes, padded to `num_rows`: (rows, column tile, 16 fields, upper bit of t, lane).
-
-    Times 2^-bit of the field.
-    """
-    column, factor = _order_of_lanes()
-    lanes = x.new_zeros((num_rows, x.shape[1] // TILE_K, 16, 2, _LANES))
-    torch.index_select(x.reshape(-1, TILE_K), 1, column, out=lanes[: x.shape[0]].view(-1, column.numel()))
-    return lanes.mul_(factor)
-
-
-def _zero_points_times_x(x: Tensor, scale: Tensor, zero_point: Tensor, group_size: int) -> Tensor:
-    """sum over groups of scale * zero_point * (the sum of x over the group), (rows, N).
-
-    x: (rows, K and zeros). A product a row: a row's bits do not depend on the others'.
-    """
-    group_size = x.shape[1] if scale.shape[1] == 1 else group_size
-    sums = _pad_columns(x, -(-x.shape[1] // group_size) * group_size).unflatten(1, (-1, group_size)).sum(2)
-    offsets = scale.float() * zero_point
-    return torch.stack([offsets @ row for row in sums[:, : scale.shape[1]]])
+def _apart(view: Tensor) -> Tensor:
+    """The same memory as a tensor of this mode that is no view: torch.compile guards what a view is one of, too."""
+    memory = view.untyped_storage()
+    return torch.empty(0, dtype=view.dtype).set_(memory, view.storage_offset(), view.shape, view.stride())
 
 
 @functools.cache
-def _order_of_lanes() -> tuple[Tensor, Tensor]:
-    """For each (odd, pair, slab; t, hi, up): the column in the tile, and 2^-bit in the shape of `_lanes`."""
-    places = [
-        (32 * pair + 8 * t + 4 * slab + 2 * hi + odd, 2.0 ** -(16 * odd + _bit(pair, slab)))
-        for odd in range(2)
-        for pair in range(4)
-        for slab in range(2)
-        for t in range(4)
-        for hi in range(2)
-        for _up in range(2)
-    ]
-    with torch.inference_mode(False):
-        column, factor = (torch.tensor(values) for values in zip(*places, strict=True))
-        return column, factor.view(16, 2, _LANES)
+def _factors() -> Tensor:
+    """2^-bit of each (odd, pair, slab), (16,)."""
+    places = itertools.product(range(2), range(4), range(2))
+    with torch.inference_mode():
+        return torch.tensor([2.0 ** -(16 * odd + _bit(pair, slab)) for odd, pair, slab in places])
 
 
 def _bit(pair: int, slab: int) -> int:
@@ -239,39 +212,87 @@ def _field(planes: Sequence[Tensor], plane: int, field: int, bit: int, odd: int)
     return (value & (7 << 16 * odd + bit)).float()
 
 
+def _stored(values: Tensor) -> Tensor:
+    """Values that the kernel computes once, in a loop of their own, and not wherever they are used."""
+    values = values.contiguous()
+    return values.as_strided(values.shape, values.stride())
+
+
+def _added(terms: Sequence[Tensor]) -> Tensor:
+    """Their sum, halves apart: chains of dependent additions overlap."""
+    if len(terms) == 1:
+        return terms[0]
+    return _added(terms[: len(terms) // 2]) + _added(terms[len(terms) // 2 :])
+
+
 @functools.cache
-def _kernel(per_tile: int, num_rows: int) -> Callable[..., tuple[Tensor, ...]]:
-    """The kernel for so many groups in a tile and rows of x; torch.compile compiles it when it is first called."""
+def _kernel(per_tile: int, num_rows: int) -> Callable[..., Tensor]:
+    """The kernel for so many groups in a tile and rows of x, compiled."""
     logger.info("compiling the 3-bit CPU kernel for groups of %d columns, %d rows", TILE_K // per_tile, num_rows)
 
-    def sums_of_tiles(words: Tensor, scales: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
-        """For each row of x and block, (row tile, column tile, g, lane), to be summed over tiles and (t, hi).
+    def linear(words: Tensor, scales: Tensor, zeros: Tensor, x: Tensor, factors: Tensor) -> Tensor:
+        """(num_rows, N and rows of padding).
 
-        The arguments are what `_words`, `_scales` and `_lanes`, row by row, return.
+        words, scales, zeros: what `_words` and `_of_tiles` return.  x: (num_rows, K and columns of zeros) fp32.
         """
         num_row_tiles, num_col_tiles = words.shape[:2]
-        lower, upper = ([words[:, :, plane, :, half] for plane in range(3)] for half in range(2))
-        # On AVX2 torch 2.13 loads integers through a buffer, and waits for it, unless a mask is in the way, as padding
-        # makes one. But masked loads alone fetch nothing ahead: the buffer for one half of a cache line, the mask for
-        # the other.
-        upper = [torch.nn.functional.pad(word, (0, 0, 0, 0, 0, 1))[:, :num_col_tiles] & -1 for word in upper]
-        shape = (num_row_tiles, num_col_tiles, 8, _LANES // 2, 2)  # g, (t, hi), up
-        sums = []
-        for x, block in itertools.product(rows, range(2)):
+        parts = _parts(words.view(num_row_tiles, num_col_tiles, 3, 8, _WORDS // _LANES, _LANES))
+        lanes, sums = _lanes_and_sums(x.view(num_rows, num_col_tiles, 4, 4, 2, 2, 2), factors)
+        is_up = torch.arange(_LANES, dtype=torch.int32) & 1 > 0
+
+        def of_lanes(values: Tensor) -> Tensor:
+            """(row tile, up, g, column tile) -> (row tile, column tile, g, lane)"""
+            shape = num_row_tiles, num_col_tiles, 8, _LANES
+            lower, upper = (values[:, up].transpose(1, 2)[..., None].float().expand(shape) for up in range(2))
+            return torch.where(is_up, upper, lower)
+
+        of_rows = []
+        for row, block in itertools.product(range(num_rows), range(2)):
             groups = []
             for group in range(per_tile):
                 slabs = range(8 // per_tile * group, 8 // per_tile * (group + 1))
-                chains = []  # chains of dependent additions overlap
-                for (half, planes), odd in itertools.product(enumerate((lower, upper)), range(2)):
+                chains = []
+                for (part, planes), odd in itertools.product(enumerate(parts), range(2)):
                     products = [
                         _field(planes, *FIELDS[i // 2][i % 2][block], _bit(i // 2, i % 2), odd)
-                        * x[:, 8 * odd + i, half][:, None, :]
+                        * lanes[row, :, 8 * odd + i, part][:, None, :]
                         for i in slabs
                     ]
+                    if odd:
+                        zero = of_lanes(zeros[:, block, ..., group])
+                        products.append(-zero * sums[row, :, group, part][:, None, :])
                     chains.append(functools.reduce(operator.add, products))
-                scale = scales[:, block, :, :, :, group].permute(0, 3, 2, 1).unsqueeze(-2).expand(shape).flatten(-2)
-                groups.append(((chains[0] + chains[1]) + (chains[2] + chains[3])) * scale)
-            sums.append(functools.reduce(operator.add, groups))
-        return tuple(sums)
+                groups.append(_added(chains) * of_lanes(scales[:, block, ..., group]))
+            of_tiles = functools.reduce(operator.add, groups)
+            of_rows.append((_stored(of_tiles) if _LANES < _WORDS else of_tiles).sum(1))
+        y = torch.stack(of_rows).view(num_rows, 2, num_row_tiles, 8, _LANES // 2, 2)  # .., block, .., g, (t, hi), up
+        # Written out: with several threads torch 2.13 starts them all for each of such short sums.
+        return _added(y.unbind(4)).permute(0, 2, 1, 4, 3).reshape(num_rows, num_row_tiles * TILE_N)
 
-    return torch.compile(sums_of_tiles, fullgraph=True, dynamic=True, options=_OPTIONS)
+    def _lanes_and_sums(x: Tensor, factors: Tensor) -> tuple[Tensor, Tensor]:
+        """In the order of the lanes: x times 2^-bit of the field, (row, column tile, 16 fields, part, lane), and its
+        sums over a group's fields, (row, column tile, group, part, lane).
+
+        x: (row, column tile, pair, t, slab, hi, odd).
+        """
+        x = x.permute(0, 1, 6, 2, 4, 3, 5)[..., None].expand(*x.shape[:2], 2, 4, 2, 4, 2, 2)
+        x = x.reshape(num_rows, x.shape[1], 16, _WORDS // _LANES, _LANES)
+        sums = x.unflatten(2, (2, per_tile, -1)).sum((2, 4))
+        return _stored(x * factors[:, None, None]), _stored(sums)
+
+    def _parts(words: Tensor) -> list[list[Tensor]]:
+        """For each part of the words of one g, its planes, (row tile, column tile, g, lane)."""
+        first, *others = ([words[:, :, plane, :, part] for plane in range(3)] for part in range(words.shape[4]))
+        # On AVX2 torch 2.13 loads integers through a buffer, and waits for it, unless a mask is in the way, as padding
+        # makes one. But masked loads alone fetch nothing ahead: the buffer for one half of a cache line, the mask for
+        # the other.
+        pad = torch.nn.functional.pad
+        return [first, *([pad(word, (0, 0, 0, 0, 0, 1))[:, : words.shape[1]] & -1 for word in part] for part in others)]
+
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, options=_OPTIONS)
+    # Sizes that are equal when it is compiled are taken to be so forever, as both of a square weight.
+    rows, columns = 7, 5
+    words = torch.zeros((rows, columns, 3, 8, _WORDS // _LANES, _LANES), dtype=torch.int32)
+    scales = torch.zeros((rows, 2, 2, 8, columns, per_tile))
+    compiled(words, scales, scales.to(torch.uint8), torch.zeros((num_rows, columns * TILE_K)), _factors())
+    return compiled

@@ -66,9 +66,10 @@ def few_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int3_cpu, "MIN_WEIGHTS_PER_ROW", 0)
 
 
-@pytest.fixture
-def uncompiled(few_weights: None) -> Iterator[None]:
+@pytest.fixture(params=[8, 16], ids="{} lanes".format)
+def uncompiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, few_weights: None) -> Iterator[None]:
     """The kernel's program for every weight, run op by op."""
+    monkeypatch.setattr(int3_cpu, "_LANES", request.param)
     with torch.compiler.set_stance("force_eager"):
         yield
 
