@@ -17,9 +17,9 @@ each stride, and so a partial sum a tile is written, in the order in which memor
 All is one compiled function, x's order and the last sum too: where other layers' weights have just filled the caches,
 calling an operator from Python costs more than these take.
 
-Rows of x are taken four at a time, for which unpacking is done once, and a lone one by itself. So the number of rows is
-in no shape, and N and K are dynamic: a model compiles twice for its groups of 128 columns and more, twice for 64, twice
-for 32, whatever its layers; another number of threads compiles again.
+Rows of x are taken four at a time, for which unpacking is done once; what is left is three and one of zeros, two, or
+one. So a call's number of rows is in no shape, and N and K are dynamic: a model compiles up to three times for its
+groups of 128 columns and more, as often for 64 and for 32, whatever its layers, and again for other numbers of threads.
 
 When: at the first call with few rows for the size of the weight, in eager and inside a compiled model alike. It takes a
 quarter of a minute for one row and half of one for four, on a busy machine more, and less once torch has the result on
@@ -133,7 +133,7 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
         of_calls = []
         try:
             for rows in _calls(x.shape[0]):
-                key = per_tile, 1 if len(rows) == 1 else _ROWS
+                key = per_tile, 1 << (len(rows) - 1).bit_length()
                 padded = torch.zeros((key[1], qdata.shape[1] * TILE_K))
                 padded[: len(rows), :k] = x[rows.start : rows.stop]
                 with _first_call if key not in _compiled else contextlib.nullcontext():
@@ -152,7 +152,7 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
 
 
 def _calls(num_rows: int) -> Iterator[range]:
-    """The rows of x of each call: `_ROWS` of them, or almost, or one."""
+    """The rows of x of each call: `_ROWS` of them, or what is left."""
     for start in range(0, num_rows, _ROWS):
         yield range(start, min(start + _ROWS, num_rows))
 
