@@ -136,7 +136,9 @@ def inputs_in(
     seen: dict[str, Tensor] = {}
 
     def record(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.setdefault(name, args[0])
+        if name not in seen:
+            # The block runs on, and may change it in place.
+            seen[name] = args[0] if len(seen) + 1 == len(modules) else args[0].clone()
         if len(seen) == len(modules):
             raise Reached  # what the block does after that is most of its work, and not asked for
 

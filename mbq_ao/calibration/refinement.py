@@ -29,11 +29,10 @@ def refine(
     """
     scale, *rest = grid
     zero = grid_of.scale_and_zero(grid)[1]
-    wanted = weight @ hessian
-    rounded, scale = _least_squares_scales(rounded, scale, wanted, hessian, grid_of.group_size)
+    rounded, scale = _least_squares_scales(weight, rounded, scale, hessian, grid_of.group_size)
     for _ in range(rounds):
         rounded = _settle(weight, rounded, scale.float(), zero, hessian, grid_of)
-        rounded, scale = _least_squares_scales(rounded, scale, wanted, hessian, grid_of.group_size)
+        rounded, scale = _least_squares_scales(weight, rounded, scale, hessian, grid_of.group_size)
     return rounded, (scale, *rest)
 
 
@@ -56,23 +55,24 @@ def _settle(weight: Tensor, rounded: Tensor, scale: Tensor, zero: Tensor, hessia
 
 
 def _least_squares_scales(
-    rounded: Tensor, scale: Tensor, wanted: Tensor, hessian: Tensor, group_size: int
+    weight: Tensor, rounded: Tensor, scale: Tensor, hessian: Tensor, group_size: int
 ) -> tuple[Tensor, Tensor]:
     """Q with the scales that fit its integers best, and those, in the dtype of `scale` (N, groups).
 
-    wanted: W H.  A row where one of the scales would not be a positive number keeps its own.
+    A row where one of the scales would not be a positive number keeps its own.
     """
     (_, k), groups = rounded.shape, scale.shape[1]
     rows_at_once = max(1, _ENTRIES // max(groups**2, k))
     found, scales = [], []
-    for w_h, q, s in zip(*(x.split(rows_at_once) for x in (wanted, rounded, scale)), strict=True):
+    for w, q, s in zip(*(x.split(rows_at_once) for x in (weight, rounded, scale)), strict=True):
         steps = (q / _of_columns(s, group_size, q)).round_()  # q - z
         system = q.new_zeros(len(q), groups, groups)
         for i, (part, rows) in enumerate(zip(steps.split(group_size, 1), hessian.split(group_size), strict=True)):
             start = i * group_size  # the system is symmetric: one half is enough
             system[:, i:, i] = _of_groups((part @ rows[:, start:]).mul_(steps[:, start:]), group_size)
         system += system.tril(-1).mT
-        missing = _of_groups(w_h * steps, group_size)[..., None] - system @ s.float()[..., None]
+        # Of the difference, not as one of sums, which could leave little of it where products have fewer digits (TF32).
+        missing = _of_groups(((w - q) @ hessian).mul_(steps), group_size)[..., None]
         diagonal = system.diagonal(dim1=1, dim2=2)
         diagonal += (_RIDGE * diagonal.mean(1, keepdim=True)).clamp(min=torch.finfo(q.dtype).tiny)
         factor, failed = torch.linalg.cholesky_ex(system)

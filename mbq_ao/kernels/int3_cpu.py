@@ -50,7 +50,6 @@ logger = logging.getLogger(__name__)
 
 MAX_ROWS = 16  # beyond, unpacking once is cheaper than unpacking in registers for each row
 MIN_WEIGHTS_PER_ROW = 1 << 17  # calling the kernel takes as long as unpacking so many; a toy model compiles nothing
-_CONTIGUOUS = torch.contiguous_format
 _CHUNK = 1 << 21  # weights dequantized at a time: they stay in the cache until they are multiplied
 _R = 5
 _WORDS = 16  # of one g: (t, hi, up)
@@ -75,6 +74,8 @@ def int3_linear_cpu(
     y = None
     if _worth_compiling(rows.shape[0], qdata):
         y = _linear_compiled(rows, qdata, scale, zero_point, group_size)
+        if y is not None and y.is_inference() and not torch.is_inference_mode_enabled():
+            y = y.clone()  # autograd may not save a tensor of that mode, nor may the caller write to it
     if y is None:
         y = _linear_dequantized(rows, qdata, scale, zero_point, group_size)
     y = y if bias is None else y + bias.to(y.dtype)
@@ -134,12 +135,14 @@ def _linear_compiled(x: Tensor, qdata: Tensor, scale: Tensor, zero_point: Tensor
         try:
             for rows in _calls(x.shape[0]):
                 key = per_tile, 1 << (len(rows) - 1).bit_length()
-                padded = torch.zeros((key[1], qdata.shape[1] * TILE_K))
+                padded = torch.zeros((key[1], qdata.shape[1] * TILE_K), dtype=torch.float32)
                 padded[: len(rows), :k] = x[rows.start : rows.stop]
                 with _first_call if key not in _compiled else contextlib.nullcontext():
                     of_rows = _kernel(*key)(words, scales, zeros, padded, _factors())
                 _compiled.add(key)
                 of_calls.append(of_rows[: len(rows), :n])
+        except torch._dynamo.exc.FailOnRecompileLimitHit:
+            return None  # called with more numbers of threads than torch.compile allows for
         except RuntimeError as error:
             _no_compiler.set()
             warnings.warn(
@@ -191,7 +194,8 @@ def _factors() -> Tensor:
     """2^-bit of each (odd, pair, slab), (16,)."""
     places = itertools.product(range(2), range(4), range(2))
     with torch.inference_mode():
-        return torch.tensor([2.0 ** -(16 * odd + _bit(pair, slab)) for odd, pair, slab in places])
+        factors = [2.0 ** -(16 * odd + _bit(pair, slab)) for odd, pair, slab in places]
+        return torch.tensor(factors, dtype=torch.float32)
 
 
 def _bit(pair: int, slab: int) -> int:
@@ -289,10 +293,12 @@ def _kernel(per_tile: int, num_rows: int) -> Callable[..., Tensor]:
         pad = torch.nn.functional.pad
         return [first, *([pad(word, (0, 0, 0, 0, 0, 1))[:, : words.shape[1]] & -1 for word in part] for part in others)]
 
-    compiled = torch.compile(linear, fullgraph=True, dynamic=True, options=_OPTIONS)
+    # Isolated: torch.compile counts what it compiles a function for, and after eight refuses. Here that is per kernel.
+    compiled = torch.compile(linear, fullgraph=True, dynamic=True, options=_OPTIONS, isolate_recompiles=True)
     # Sizes that are equal when it is compiled are taken to be so forever, as both of a square weight.
     rows, columns = 7, 5
     words = torch.zeros((rows, columns, 3, 8, _WORDS // _LANES, _LANES), dtype=torch.int32)
-    scales = torch.zeros((rows, 2, 2, 8, columns, per_tile))
-    compiled(words, scales, scales.to(torch.uint8), torch.zeros((num_rows, columns * TILE_K)), _factors())
+    scales = torch.zeros((rows, 2, 2, 8, columns, per_tile), dtype=torch.float32)
+    x = torch.zeros((num_rows, columns * TILE_K), dtype=torch.float32)
+    compiled(words, scales, scales.to(torch.uint8), x, _factors())
     return compiled

@@ -88,3 +88,22 @@ def test_families(family: str, attention: str | None, mlp: str | None) -> None:
     call = stream.call(0, stream.hidden)
     places = [place_of_sum(call, block, name, {}) for name in ("self_attn.o_proj", "mlp.down_proj", "self_attn.q_proj")]
     assert places == [attention, mlp, None]
+
+
+def test_an_input_that_the_block_changes_later() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.linear = nn.LayerNorm(16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.norm(x)
+            x += self.linear(x)
+            return x
+
+    torch.manual_seed(0)
+    block, call = InPlace(), ModuleCall.record((torch.randn(2, 5, 16),), {})
+    with torch.no_grad():
+        (alone,) = inputs_in(call, block, ["linear"], {})
+        first, output = inputs_in(call, block, ["linear", OUTPUT], {})
+    assert torch.equal(first, alone) and not torch.equal(first, output)

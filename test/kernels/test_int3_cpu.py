@@ -243,6 +243,56 @@ def test_compiled(rows_in_a_call: int, few_weights: None) -> None:
     assert x.grad.isfinite().all()
     assert counters["stats"]["unique_graphs"] == graphs + 1  # the model's own
 
+    # Without a bias, which would make another tensor of it, the result is the caller's as any other.
+    x, gain = random_x(2, 256).requires_grad_(), nn.Parameter(torch.ones(64))
+    y = int3_linear(x, *weight(64, 256, 128), None, 128)
+    (y * gain).sum().backward()
+    assert not y.is_inference() and x.grad.isfinite().all() and gain.grad.isfinite().all()
+
+
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = torch.compile
+
+    def uncompiled(fn: object, *, options: object, **kwargs: object) -> object:
+        return compiled(fn, backend="eager", **kwargs)
+
+    monkeypatch.setattr(torch, "compile", uncompiled)
+    int3_cpu._kernel.cache_clear()
+    int3_cpu._factors.cache_clear()
+    int3_cpu._compiled.clear()
+
+
+def test_more_kernels_than_recompilations(monkeypatch: pytest.MonkeyPatch, few_weights: None) -> None:
+    """torch.compile's limit is for one of them, and beyond it the weight is unpacked."""
+    eager(monkeypatch)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    threads = torch.get_num_threads()
+    try:
+        for group_size, rows, number in [(128, 1, 1), (64, 1, 1), (32, 1, 1), (128, 1, 2), (128, 1, 3)]:
+            torch.set_num_threads(number)
+            x, w = random_x(rows, 256), weight(64, 256, group_size)
+            assert_right(int3_linear(x, *w, None, group_size), x, w, None, group_size)
+        assert not int3_cpu._no_compiler.is_set()
+    finally:
+        torch.set_num_threads(threads)
+        int3_cpu._kernel.cache_clear()
+        int3_cpu._compiled.clear()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_another_default_dtype(dtype: torch.dtype, uncompiled: None) -> None:
+    int3_cpu._kernel.cache_clear()
+    int3_cpu._factors.cache_clear()
+    w, x = weight(64, 256, 128), random_x(3, 256)
+    torch.set_default_dtype(dtype)
+    try:
+        y = int3_linear(x, *w, None, 128)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        int3_cpu._factors.cache_clear()
+        int3_cpu._kernel.cache_clear()
+    assert_right(y, x, w, None, 128)
+
 
 @given(linear_cases.cases(max_rows=8, group_sizes=(128, 256)))  # the kernels of test_compiled
 @settings(max_examples=60, derandomize=True, deadline=None)
