@@ -41,7 +41,7 @@ class WeightQuantizer(Protocol):
         """As `quantize`, for linears that read the same x, with grids and rounding found by `fit`."""
 
     def while_fitting(self, fitted: Tensor) -> Tensor:
-        """What serves in place of a fitted tensor until its block is done: it, or its dequantize() where that is quicker."""
+        """What serves for a fitted tensor until its block is done: it, or its dequantize() where that is quicker."""
 
 
 @dataclass(frozen=True)
